@@ -1,0 +1,39 @@
+"""The methods: DePT, prompt tuning, LoRA, full fine-tuning. One file each; `base.py` says what a method is."""
+
+from deptjax.methods.base import (
+    AttentionSite,
+    LinearSite,
+    Method,
+    ResidualSite,
+    Sites,
+    Vocabulary,
+    method_class,
+    method_from_config,
+    method_names,
+    method_to_config,
+    register_method,
+)
+from deptjax.methods.dept import DePT, dept_offset, rank_for_budget
+from deptjax.methods.full import FullFineTuning
+from deptjax.methods.lora import LoRA
+from deptjax.methods.prompt_tuning import PromptTuning
+
+__all__ = [
+    "AttentionSite",
+    "DePT",
+    "FullFineTuning",
+    "LinearSite",
+    "LoRA",
+    "Method",
+    "PromptTuning",
+    "ResidualSite",
+    "Sites",
+    "Vocabulary",
+    "dept_offset",
+    "method_class",
+    "method_from_config",
+    "method_names",
+    "method_to_config",
+    "rank_for_budget",
+    "register_method",
+]

@@ -1,0 +1,170 @@
+"""What a method is, and the sites of a backbone that it may fill.
+
+A *site* is a named place in a backbone where a method may act:
+
+| site        | where                                   | what fills it is called as                                 |
+|-------------|-----------------------------------------|------------------------------------------------------------|
+| `input`     | after the embedding, before block 0     | `streams(embeds, positions) -> (prompt or None, embeds)`   |
+| `linear`    | beside a projection                     | `module(x, y) -> y`, where `y = x @ kernel`                |
+| `attention` | beside the keys and values of a layer   | `module() -> (keys, values)`, each (P, K, H)               |
+| `residual`  | after a sub-layer, before the sum       | `module(y) -> y`                                           |
+
+A method says in `sites()` which of them it fills and with which small Linen module; a backbone calls whatever fills
+a site and knows nothing else. Sites are named by a path without the layer's number (`attention/query`,
+`encoder/mlp/wi_0`), so that a choice of sites means the same whether or not layers are scanned. The parameters of
+what fills an inner site live beside the layer they act on, under the key `site`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+
+from deptjax.errors import UserError, nearest
+from deptjax.typing import Array, Key, Tree
+
+SITE = "site"  # the key under which the parameters of what fills an inner site are found
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSite:
+    """A projection: `path` names it (`attention/query`); kernel shape is (`features_in`, `features_out`)."""
+
+    path: str
+    features_in: int
+    features_out: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """An attention layer: `path` names it (`encoder/attention`); keys and values are (P, `num_heads`, `head_dim`)."""
+
+    path: str
+    num_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualSite:
+    """The output of a sub-layer: `path` names the sub-layer (`mlp`); the stream is (..., `width`)."""
+
+    path: str
+    width: int
+
+
+class InputModule(Protocol):
+    """What fills the input site: see `InputMethod.streams`."""
+
+    def streams(self, embeds: Array, positions: Array | None = None) -> tuple[Array | None, Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sites:
+    """What fills each site; `None` leaves the site empty, which costs nothing.
+
+    `input` is an unbound Linen module. The other three are functions of the site that return a Linen module built
+    with the given `name`, or `None` to leave that one empty.
+    """
+
+    input: Any | None = None
+    linear: Callable[[LinearSite, str], nn.Module | None] | None = None
+    attention: Callable[[AttentionSite, str], nn.Module | None] | None = None
+    residual: Callable[[ResidualSite, str], nn.Module | None] | None = None
+
+
+class Vocabulary(NamedTuple):
+    """What an initialiser may look at: the frozen embedding table (V, D), the tokenizer, and the task's labels."""
+
+    embedding: Array
+    tokenizer: Any
+    labels: tuple[str, ...] = ()
+
+
+class Method:
+    """Base class of all methods: which sites it fills, how its parameters start, and which learning rate moves them.
+
+    Subclasses are frozen dataclasses (or Linen modules, which are dataclasses too) whose fields are plain values, so
+    that a method can be written to JSON and read back with `method_from_config`.
+    """
+
+    kind: ClassVar[str]
+    """The method's name in configs, on the command line and in a saved prompt."""
+
+    tunes_backbone: ClassVar[bool] = False
+    """True when the backbone's own parameters are trained: then they are moved from `frozen` to `trainable`."""
+
+    def sites(self) -> Sites:
+        """Returns what fills each site."""
+        return Sites()
+
+    def resolve(self, width: int) -> Method:
+        """Returns the method with every field that depends on the embedding width D filled in."""
+        return self
+
+    def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
+        """Returns the input site's initial parameters, given Linen's, after a look at the frozen vocabulary."""
+        return params
+
+    def group(self, path: tuple[str, ...]) -> str:
+        """Returns the learning-rate group of the parameter at `path` in `trainable`.
+
+        One of `"prompt"` (soft prompts, which live on the scale of the embeddings), `"low_rank"` (low-rank factors)
+        and `"backbone"` (full weights).
+        """
+        raise NotImplementedError
+
+    def groups(self, trainable: Tree) -> Tree:
+        """Returns a tree like `trainable` whose leaves are the names of learning-rate groups."""
+        return jax.tree_util.tree_map_with_path(lambda path, _: self.group(tuple(k.key for k in path)), trainable)
+
+    def source_limit(self) -> int | None:
+        """Returns the longest source text in tokens that the method can take, or `None` for any length."""
+        return None
+
+
+_METHODS: dict[str, type] = {}
+
+
+def register_method(cls: type) -> type:
+    """Makes a method known by its `kind` to configs, the command line and saved prompts. A class decorator."""
+    _METHODS[cls.kind] = cls
+    return cls
+
+
+def method_names() -> list[str]:
+    """Returns the names of all registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def method_class(name: str) -> type:
+    """Returns the class registered as `name`. Raises `UserError` for a name that is not known."""
+    if name not in _METHODS:
+        known = ", ".join(method_names())
+        raise UserError(f"unknown method '{name}'; there are: {known}.{nearest(name, _METHODS)}")
+    return _METHODS[name]
+
+
+def method_fields(cls: type) -> list[str]:
+    """Returns the names of the fields of a method class that a user may set."""
+    return [f.name for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
+
+
+def method_to_config(method: Any) -> dict[str, Any]:
+    """Returns a JSON-ready dict: `{"method": name, field: value, ...}`, every field included."""
+    return {"method": method.kind, **{name: getattr(method, name) for name in method_fields(type(method))}}
+
+
+def method_from_config(config: dict[str, Any]) -> Any:
+    """Returns the method that `method_to_config` described. Raises `UserError` for an unknown method or field."""
+    fields = dict(config)
+    cls = method_class(fields.pop("method"))
+    known = method_fields(cls)
+    for name in fields:
+        if name not in known:
+            there = ", ".join(known)
+            raise UserError(f"method '{cls.kind}' has no field '{name}'; it has: {there}.{nearest(name, known)}")
+    return cls(**fields)

@@ -1,0 +1,141 @@
+"""DePT, decomposed prompt tuning: a short soft prompt in front, a low-rank offset on the frozen input embeddings.
+
+    P (M, D), A (X, R), B (R, D) are trained; E (T, D) are the frozen embeddings of a text of T tokens.
+    E'    = E + c * (A @ B)[:T]          row i of A @ B belongs to token i of the text itself
+    input = [P; E']                      M + T rows instead of 100 + T for a vanilla soft prompt
+
+Shi and Lipani, "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning", ICLR 2024, arXiv 2309.05173.
+The paper's formula has c = 1; the authors' code uses c = alpha / sqrt(R) with alpha = 8, which is the default here.
+With B = 0 at the start, DePT begins as prompt tuning with M vectors. The prompt and the pair (A, B) have learning
+rates of their own. Where the authors' code pads every text to X tokens and shifts offsets with the padding, here row i
+is always token i of the real text, whatever the padding, and only source tokens have an offset.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deptjax.errors import UserError
+from deptjax.methods import initializers
+from deptjax.methods.base import register_method
+from deptjax.methods.input_method import InputMethod
+from deptjax.typing import Array, Float, Int, Key
+
+VANILLA_LENGTH = 100  # l, the length of the soft prompt whose parameter budget DePT shares
+
+
+def dept_offset(a: Float[Array, "X R"], b: Float[Array, "R D"], scaling: float) -> Float[Array, "X D"]:
+    """Returns `scaling * (a @ b)`: one offset for each place in a text.
+
+    >>> dept_offset(jnp.ones((3, 2)), jnp.ones((2, 5)), 0.5).shape
+    (3, 5)
+    """
+    return scaling * (a @ b)
+
+
+def rank_for_budget(prompt_length: int, max_length: int, width: int, budget: int | None = None) -> int:
+    """Returns the largest rank R with `M * D + (X + D) * R <= budget` parameters.
+
+    `budget` defaults to that of a vanilla soft prompt of 100 vectors, 100 * D: then R = floor((100 - M) D / (X + D)).
+
+    >>> rank_for_budget(40, 256, 768)  # T5-base: 40 * 768 + (256 + 768) * 45 = 76,800
+    45
+    """
+    budget = VANILLA_LENGTH * width if budget is None else budget
+    rank = (budget - prompt_length * width) // (max_length + width)
+    if rank < 1:
+        needed = prompt_length * width + max_length + width
+        raise UserError(
+            f"prompt_length {prompt_length} leaves no room for a rank of 1 in {budget} parameters (at least {needed} "
+            f"needed); shorten prompt_length, or set rank or budget"
+        )
+    return rank
+
+
+def scaling_factor(scaling: str | float, alpha: float, rank: int) -> float:
+    """Returns c: `alpha / sqrt(rank)` for `"alpha/sqrt(rank)"` (the authors' code), 1 for `"none"` (the paper), or itself."""
+    named = {"alpha/sqrt(rank)": alpha / math.sqrt(rank), "none": 1.0}
+    if isinstance(scaling, str) and scaling not in named:
+        raise UserError(f"scaling '{scaling}' is not known; use 'alpha/sqrt(rank)', 'none' or a number")
+    return named[scaling] if isinstance(scaling, str) else float(scaling)
+
+
+def uniform_a(key: Key, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
+    """Returns A (X, R) from U(-1/sqrt(R), 1/sqrt(R)): torch's `kaiming_uniform_(a=sqrt(5))`, whose fan-in here is R."""
+    limit = 1.0 / math.sqrt(shape[1])
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+@register_method
+class DePT(InputMethod):
+    """Decomposed prompt tuning, as a Linen module of its own: usable in front of any model that takes embeddings.
+
+    >>> dept = DePT(prompt_length=4, rank=3, max_length=16)
+    >>> embeds, mask = jnp.zeros((2, 9, 8)), jnp.ones((2, 9), bool)
+    >>> params = dept.init(jax.random.key(0), embeds, mask)["params"]
+    >>> new_embeds, new_mask = dept.apply({"params": params}, embeds, mask)
+    >>> new_embeds.shape, new_mask.shape
+    ((2, 13, 8), (2, 13))
+
+    Attributes:
+      prompt_length: M, vectors in front of the text.
+      rank: R; `None` takes the largest rank within `budget` parameters.
+      max_length: X, the longest text in tokens that has offsets.
+      alpha: used by `scaling="alpha/sqrt(rank)"`.
+      scaling: `"alpha/sqrt(rank)"` (the authors' code), `"none"` (the paper's formula, 1), or a number.
+      budget: trainable parameters when `rank` is `None`; `None` means 100 * D, those of a vanilla soft prompt.
+      prompt_init, prompt_text: see `initializers.initial_prompt`.
+    """
+
+    kind = "dept"
+
+    prompt_length: int = 40
+    rank: int | None = None
+    max_length: int = 256
+    alpha: float = 8.0
+    scaling: str | float = "alpha/sqrt(rank)"
+    budget: int | None = None
+    prompt_init: str = "text"
+    prompt_text: str = initializers.DEFAULT_TEXT
+
+    def __post_init__(self) -> None:
+        self.check_positive("prompt_length", "rank", "max_length", "budget")
+        super().__post_init__()
+
+    def resolve(self, width: int) -> DePT:
+        rank = (
+            rank_for_budget(self.prompt_length, self.max_length, width, self.budget) if self.rank is None else self.rank
+        )
+        scaling_factor(self.scaling, self.alpha, rank)  # an unknown name is found now, not in the first step
+        return self.clone(rank=rank)
+
+    @nn.compact
+    def streams(
+        self, embeds: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
+        """Returns the prompt (M, D) and the source embeddings with their offsets, in the dtype of `embeds`.
+
+        `positions` is each token's index in its own text; `None` says that column i holds token i (right padding).
+        """
+        width = embeds.shape[-1]
+        rank = self.resolve(width).rank
+        prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, width))
+        a = self.param("lora_a", uniform_a, (self.max_length, rank))
+        b = self.param("lora_b", nn.initializers.zeros, (rank, width))
+        if positions is None and embeds.shape[1] > self.max_length:
+            raise UserError(
+                f"a text of {embeds.shape[1]} tokens is longer than max_length {self.max_length}; raise max_length"
+            )
+        rows = a[: embeds.shape[1]] if positions is None else a[jnp.clip(positions, 0, self.max_length - 1)]
+        offset = scaling_factor(self.scaling, self.alpha, rank) * (rows @ b)
+        return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
+
+    def group(self, path: tuple[str, ...]) -> str:
+        return "prompt" if path[-1] == "prompt" else "low_rank"
+
+    def source_limit(self) -> int:
+        return self.max_length

@@ -1,0 +1,93 @@
+"""How a soft prompt starts: from a text, from sampled vocabulary, from the class labels, from another prompt, or random.
+
+Lester et al. 2021 (arXiv 2104.08691, section 3.2) compare random, sampled-vocabulary and class-label starts; the
+authors of DePT start from the embeddings of a sentence, repeated and cut to the prompt's length.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deptjax.errors import UserError, nearest
+from deptjax.methods.base import Vocabulary
+from deptjax.typing import Array, Key
+
+KINDS = ("text", "vocab", "labels", "random")
+DEFAULT_TEXT = "Classify this text as positive or not:"
+VOCAB_ROWS = 5000  # sampled from the most common pieces, which come first in SentencePiece and BPE vocabularies
+
+
+def initial_prompt(start: str, text: str, key: Key, length: int, vocabulary: Vocabulary) -> Array:
+    """Returns the first value of a soft prompt, (M, D) float32.
+
+    Args:
+      start: `"text"` (embeddings of `text`, tiled), `"vocab"` (distinct rows among the first 5,000 of the vocabulary),
+        `"labels"` (embeddings of the task's labels, tiled, then sampled vocabulary), `"random"` (uniform, with the
+        root mean square of the embedding table), or the path of a saved prompt folder to start from.
+      text: the sentence for `"text"`.
+      key: decides what is random; the same key gives the same prompt.
+      length: M.
+      vocabulary: the frozen embedding table (V, D), the tokenizer and the labels.
+
+    Raises:
+      UserError: for an unknown `start`, a text without tokens, no labels, or a prompt of another width.
+    """
+    if start == "text":
+        return _tiled(_ids(vocabulary, [text]), length, vocabulary)
+    if start == "vocab":
+        return _sampled(key, length, vocabulary)
+    if start == "labels":
+        if not vocabulary.labels:
+            raise UserError("prompt_init 'labels' needs a task with labels; use 'text' or 'vocab' for free text")
+        ids = _ids(vocabulary, vocabulary.labels)[:length]
+        rest = _sampled(key, length, vocabulary)[len(ids) :]
+        return jnp.concatenate([_tiled(ids, len(ids), vocabulary), rest])
+    if start == "random":
+        limit = jnp.sqrt(3.0) * embedding_rms(vocabulary.embedding)
+        return jax.random.uniform(key, (length, vocabulary.embedding.shape[1]), jnp.float32, -limit, limit)
+    return _from_saved(start, length, vocabulary)
+
+
+def embedding_rms(embedding: Array) -> Array:
+    """Returns the root mean square of a (V, D) table as a float32 scalar: the scale on which soft prompts live."""
+    return jnp.sqrt(jnp.mean(jnp.square(embedding.astype(jnp.float32))))
+
+
+def _ids(vocabulary: Vocabulary, texts: tuple[str, ...] | list[str]) -> np.ndarray:
+    ids = [i for text in texts for i in vocabulary.tokenizer.encode(text, add_special_tokens=False)]
+    if not ids:
+        raise UserError("prompt_text has no tokens; give a sentence, or set prompt_init to 'vocab'")
+    return np.asarray(ids)
+
+
+def _tiled(ids: np.ndarray, length: int, vocabulary: Vocabulary) -> Array:
+    return vocabulary.embedding[np.resize(ids, length)].astype(jnp.float32)
+
+
+def _sampled(key: Key, length: int, vocabulary: Vocabulary) -> Array:
+    rows = min(VOCAB_ROWS, vocabulary.embedding.shape[0])
+    ids = jax.random.choice(key, rows, (length,), replace=length > rows)
+    return vocabulary.embedding[ids].astype(jnp.float32)
+
+
+def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
+    path = pathlib.Path(start) / "prompt.safetensors"
+    if not path.exists():
+        raise UserError(
+            f"prompt_init '{start}' is neither one of {', '.join(KINDS)} nor a saved prompt folder.{nearest(start, KINDS)}"
+        )
+    from safetensors.numpy import load_file
+
+    saved = load_file(path).get("input/prompt")
+    if saved is None:
+        raise UserError(f"{path} holds no soft prompt (tensor 'input/prompt'); choose a prompt of a prompt method")
+    if saved.shape[1] != vocabulary.embedding.shape[1]:
+        width = vocabulary.embedding.shape[1]
+        raise UserError(f"{path} has width {saved.shape[1]}, the backbone {width}; choose a prompt of this backbone")
+    return jnp.asarray(
+        np.resize(saved, (length, saved.shape[1])) if len(saved) < length else saved[:length], jnp.float32
+    )

@@ -1,0 +1,51 @@
+"""What methods of the `input` site have in common: a prompt in front of embeddings, and its mask."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from deptjax.errors import UserError
+from deptjax.methods import initializers
+from deptjax.methods.base import Method, Sites, Vocabulary
+from deptjax.typing import Array, Bool, Float, Int, Key, Tree
+
+
+class InputMethod(Method, nn.Module):
+    """A method that is itself the Linen module of the `input` site. Subclasses define `streams`."""
+
+    def sites(self) -> Sites:
+        return Sites(input=self)
+
+    def streams(
+        self, embeds: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Array | None, Float[Array, "B T D"]]:
+        """Returns `(prompt, embeds)`: a prompt (M, D) that all rows share, or (B, M, D), and the changed embeddings."""
+        raise NotImplementedError
+
+    def __call__(
+        self, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B M+T D"], Bool[Array, "B M+T"]]:
+        """Returns the embeddings with the prompt in front, and the mask to match.
+
+        For use with anybody's model. Text may be padded on either side: a token's place is counted by `mask`.
+        """
+        positions = jnp.cumsum(mask, axis=1) - 1
+        prompt, embeds = self.streams(embeds, positions)
+        if prompt is None:
+            return embeds, mask
+        prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape[-2:]))
+        ones = jnp.ones(prompt.shape[:2], mask.dtype)
+        return jnp.concatenate([prompt, embeds], axis=1), jnp.concatenate([ones, mask], axis=1)
+
+    def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
+        length = params["prompt"].shape[0]
+        start = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, length, vocabulary)
+        return {**params, "prompt": start}
+
+    def check_positive(self, *names: str) -> None:
+        """Raises `UserError` when a field is set to 0 or less."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")

@@ -1,0 +1,46 @@
+"""Prompt tuning: M trained vectors in front of the frozen input embeddings.
+
+    input = [P; E]        P (M, D) trained, E (T, D) frozen
+
+Lester, Al-Rfou and Constant, "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, arXiv 2104.08691.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from deptjax.methods import initializers
+from deptjax.methods.base import register_method
+from deptjax.methods.input_method import InputMethod
+from deptjax.typing import Array, Float, Int
+
+
+@register_method
+class PromptTuning(InputMethod):
+    """Vanilla soft prompt.
+
+    Attributes:
+      prompt_length: M.
+      prompt_init, prompt_text: see `initializers.initial_prompt`.
+    """
+
+    kind = "prompt_tuning"
+
+    prompt_length: int = 100
+    prompt_init: str = "text"
+    prompt_text: str = initializers.DEFAULT_TEXT
+
+    def __post_init__(self) -> None:
+        self.check_positive("prompt_length")
+        super().__post_init__()
+
+    @nn.compact
+    def streams(
+        self, embeds: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
+        """Returns the prompt (M, D) and the embeddings as they came."""
+        prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, embeds.shape[-1]))
+        return prompt.astype(embeds.dtype), embeds
+
+    def group(self, path: tuple[str, ...]) -> str:
+        return "prompt"
