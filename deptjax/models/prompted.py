@@ -1,0 +1,164 @@
+"""The one place where a method meets a backbone.
+
+    embeds         = backbone.embed(source)
+    prompt, embeds = method.streams(embeds)                       the input site, if it is filled
+    states         = backbone.target_states(embeds, prompt, ...)  the inner sites act in here
+    logits         = backbone.head(states)
+
+Parameters come as two trees. `frozen` is the backbone; `trainable` is the method: `{"input": ...}` for what fills the
+input site, `{"backbone": ...}` for what lies inside the backbone's own tree. They are merged here and nowhere else, so
+gradients can be taken of `trainable` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deptjax.errors import UserError
+from deptjax.methods.base import SITE, Method, Vocabulary
+from deptjax.models.backbone import Backbone
+from deptjax.typing import Array, Float, Int, Key, Tokens, Tree
+
+
+def merge_trees(frozen: Tree, inner: Tree) -> Tree:
+    """Returns the nested dict `frozen` with the leaves of `inner` added to it.
+
+    >>> merge_trees({"a": {"kernel": 1}}, {"a": {"site": 2}})
+    {'a': {'kernel': 1, 'site': 2}}
+    """
+    if not isinstance(inner, dict) or not isinstance(frozen, dict):
+        return inner
+    return {**frozen, **{key: merge_trees(frozen.get(key, {}), value) for key, value in inner.items()}}
+
+
+def site_leaves(params: Tree) -> Tree:
+    """Returns the part of a backbone's tree that belongs to what fills its sites."""
+    if not isinstance(params, dict):
+        return {}
+    kept = {k: v if k == SITE or k.endswith(f"_{SITE}") else site_leaves(v) for k, v in params.items()}
+    return {key: value for key, value in kept.items() if not isinstance(value, dict) or value}
+
+
+def left_aligned(tokens: Tokens, mask: Array) -> tuple[Array, Array]:
+    """Returns tokens and mask with each row's real tokens moved to the front, in order.
+
+    After this a token's column is its place in its own text, whichever side the batch was padded on.
+    """
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptedModel:
+    """A backbone's module with a method in its sites. Holds no parameters: every function takes both trees.
+
+    Attributes:
+      module: the backbone's Linen module, its sites filled.
+      method: the method, resolved for the width of the backbone.
+      share_prompt: on causal backbones, compute a prompt that is the same for all rows once a batch; `False` puts a
+        copy in front of each row. Same result, more work: kept for comparison.
+    """
+
+    module: nn.Module
+    method: Method
+    share_prompt: bool = True
+
+    @classmethod
+    def build(cls, backbone: Backbone, method: Method, share_prompt: bool = True) -> PromptedModel:
+        """Returns the model of a backbone and a method; the method's open fields are resolved."""
+        method = method.resolve(backbone.width)
+        return cls(backbone.module(method.sites()), method, share_prompt)
+
+    def init(self, key: Key, frozen: Tree, vocabulary: Vocabulary) -> tuple[Tree, Tree]:
+        """Returns the first `trainable`, and what stays in `frozen`.
+
+        Only the method's parameters are made; the frozen tree is neither copied nor made again.
+        """
+        input_key, inner_key, start_key = jax.random.split(key, 3)
+        trainable: dict[str, Any] = {}
+        fill = self.method.sites().input
+        if fill is not None:
+            embeds = jnp.zeros((1, 1, vocabulary.embedding.shape[1]))
+            params = fill.init(input_key, embeds, method="streams")["params"]
+            trainable["input"] = self.method.initialize(start_key, params, vocabulary)
+        if self.method.tunes_backbone:
+            return {**trainable, "backbone": frozen}, {}
+        inner = jax.jit(self._init_sites)(inner_key)  # under jit, what is not returned is not computed
+        if inner:
+            trainable["backbone"] = inner
+        if not trainable:
+            raise UserError(f"method '{self.method.kind}' fills no site of this backbone: check its targets")
+        return trainable, frozen
+
+    def _init_sites(self, key: Key) -> Tree:
+        def forward(module: Any) -> Array:
+            tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+            return module.head(module.target_states(module.embed(tokens), mask, None, tokens))
+
+        return site_leaves(self.module.init(key, method=forward)["params"])
+
+    def target_logits(
+        self,
+        trainable: Tree,
+        frozen: Tree,
+        batch: dict[str, Array],
+        *,
+        vocab_ids: Int[Array, "C"] | None = None,
+        dropout_key: Key | None = None,
+    ) -> Float[Array, "B U V"]:
+        """Returns float32 logits at the target positions alone: (B, U, V), or (B, U, C) over `vocab_ids`.
+
+        `batch` has `source`, `source_mask` (B, T) and `targets` (B, U). With a `dropout_key` the backbone's dropout is on.
+        """
+        source, mask, prompt = self._source(trainable, frozen, batch["source"], batch["source_mask"])
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        variables = self._variables(trainable, frozen)
+        states = self.module.apply(
+            variables, source, mask, prompt, batch["targets"], dropout_key is None, method="target_states", rngs=rngs
+        )
+        return self.module.apply(variables, states, vocab_ids, method="head")
+
+    def start(
+        self,
+        trainable: Tree,
+        frozen: Tree,
+        source: Tokens,
+        source_mask: Array,
+        max_new: int,
+        vocab_ids: Int[Array, "C"] | None = None,
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """Returns float32 logits (B, V) of the first new token, or (B, C) over `vocab_ids`, and the cache."""
+        embeds, mask, prompt = self._source(trainable, frozen, source, source_mask)
+        variables = self._variables(trainable, frozen)
+        state, cache = self.module.apply(variables, embeds, mask, prompt, max_new, method="start")
+        return self.module.apply(variables, state, vocab_ids, method="head"), cache
+
+    def extend(
+        self, trainable: Tree, frozen: Tree, cache: Any, tokens: Int[Array, "B U"], t: Array | int
+    ) -> tuple[Float[Array, "B U V"], Any]:
+        """Returns float32 logits (B, U, V) behind each of the new tokens, and the cache with them.
+
+        New tokens get neither prompt nor offset: those belong to the source.
+        """
+        variables = self._variables(trainable, frozen)
+        states, cache = self.module.apply(variables, cache, tokens, t, method="extend")
+        return self.module.apply(variables, states, method="head"), cache
+
+    def _source(self, trainable: Tree, frozen: Tree, tokens: Array, mask: Array) -> tuple[Array, Array, Array | None]:
+        tokens, mask = left_aligned(tokens, mask)
+        embeds = self.module.apply(self._variables(trainable, frozen), tokens, method="embed")
+        fill = self.method.sites().input
+        if fill is None:
+            return embeds, mask, None
+        prompt, embeds = fill.apply({"params": trainable["input"]}, embeds, method="streams")
+        if prompt is not None and prompt.ndim == 2 and not self.share_prompt:
+            prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
+        return embeds, mask, prompt
+
+    def _variables(self, trainable: Tree, frozen: Tree) -> dict[str, Tree]:
+        return {"params": merge_trees(frozen, trainable.get("backbone", {}))}

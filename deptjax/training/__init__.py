@@ -1,0 +1,1 @@
+"""Training of the trainable tree: optimiser, losses, the step and the loop."""
