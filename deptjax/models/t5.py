@@ -1,0 +1,460 @@
+"""The T5 family: T5 1.0, 1.1, LM-adapted, Flan-T5, mT5 and ByT5.
+
+    encoder  x = x + out(attention(q, k, v) + position bias)          of RMSNorm(x), both directions
+             x = x + wo(act(x wi))      or   wo(act(x wi_0) * (x wi_1))
+    decoder  the same, causal, with attention to the encoder's result in between
+
+Raffel et al. 2020 (arXiv 1910.10683); Shazeer 2020 for the gated layers of 1.1 (arXiv 2002.05202). Attention scores are
+not scaled (the factor is in the weights), positions are known only through a bias that each stack computes once and
+all its layers share, and with a tied head the logits are scaled by D^-1/2.
+
+An encoder sees both directions, so a prompt is a part of every row: it stands in front of the source, in the encoder
+alone. Decoder slot 0 holds the start token, slot t + 1 the new token t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deptjax.errors import UserError, nearest
+from deptjax.methods.base import Sites
+from deptjax.models import layers
+from deptjax.models.layers import KV, Segment
+from deptjax.typing import Array, Bool, Float, Int
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "silu": nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """The shape of a T5-family model. `dtype` is that of the computation; `scan_layers` stacks the layers.
+
+    The defaults are those of T5 1.0. T5 1.1 and its descendants have `activation="gelu_new"`, `gated=True` and
+    `tied=False`.
+    """
+
+    family: ClassVar[str] = "t5"
+    is_encoder_decoder: ClassVar[bool] = True
+
+    vocab_size: int
+    width: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    activation: str = "relu"
+    gated: bool = False
+    tied: bool = True
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    dropout_rate: float = 0.1
+    norm_eps: float = 1e-6
+    decoder_start_token: int = 0
+    scan_layers: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            known, hint = ", ".join(ACTIVATIONS), nearest(self.activation, ACTIVATIONS)
+            raise UserError(f"t5: activation '{self.activation}' is not known; use one of: {known}.{hint}")
+        if self.relative_buckets < 4 or self.relative_max_distance <= self.relative_buckets // 2:
+            raise UserError(
+                f"t5: relative_max_distance {self.relative_max_distance} and relative_buckets {self.relative_buckets} "
+                f"do not fit; use at least 4 buckets and a distance above half of them"
+            )
+
+    def make(self, sites: Sites = Sites()) -> T5:
+        """Returns the Linen module with these sites filled."""
+        return T5(self, sites)
+
+
+def relative_position_bucket(
+    offsets: Int[Array, "*S"], bidirectional: bool, num_buckets: int, max_distance: int
+) -> Int[Array, "*S"]:
+    """Returns the bucket of each offset (position of the key minus position of the query), int32.
+
+    With n buckets for one direction (half of `num_buckets` when `bidirectional`, where keys ahead take the upper half;
+    all of them otherwise, where keys ahead are at distance 0), distances below e = n / 2 have a bucket each, and
+    distance d beyond has min(n - 1, e + floor(log(d / e) / log(max_distance / e) * (n - e))). Raffel et al. 2020,
+    section 2.1.
+
+    The logarithm is taken here, in numpy, once for each distance: on an accelerator its last bit would decide the
+    bucket of distances such as 16 and 32.
+    """
+    count = num_buckets // 2 if bidirectional else num_buckets
+    exact = count // 2
+    far = np.arange(exact, max_distance + 1)
+    steps = np.log(far / exact) / math.log(max_distance / exact) * (count - exact)
+    # 1e-6 is far below the gap between an integer and any other value, and above the rounding of the logarithms.
+    coarse = exact + np.floor(steps + 1e-6).astype(np.int32)
+    of_distance = jnp.asarray(np.concatenate([np.arange(exact), np.minimum(coarse, count - 1)]), jnp.int32)
+    distance = jnp.abs(offsets) if bidirectional else jnp.maximum(-offsets, 0)
+    bucket = of_distance[jnp.minimum(distance, max_distance)]
+    return bucket + jnp.where(offsets > 0, count, 0) if bidirectional else bucket
+
+
+class RelativePositionBias(nn.Module):
+    """What a stack adds to its attention scores: a learned number for each head and bucket of relative position."""
+
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: Int[Array, " T"], keys: Int[Array, " S"]) -> Float[Array, "1 N T S"]:
+        """Returns the float32 bias for queries and keys at these positions."""
+        c = self.config
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        table = self.param("rel_embedding", init, (c.num_heads, c.relative_buckets))
+        offsets = keys[None, :] - queries[:, None]
+        buckets = relative_position_bucket(offsets, self.bidirectional, c.relative_buckets, c.relative_max_distance)
+        # A product with one-hot rows and not a gather, whose gradient adds in an order that changes from run to run.
+        chosen = jax.nn.one_hot(buckets, c.relative_buckets, dtype=jnp.float32)
+        return jnp.einsum("nc,tsc->nts", table.astype(jnp.float32), chosen, precision="highest")[None]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one decoder layer: of the encoder's result, and of the start token and the new tokens."""
+
+    source: KV | None
+    new: KV
+
+
+class Cache(NamedTuple):
+    """What decoding needs of the past: one `LayerCache` a layer, and which source keys are real."""
+
+    layers: Any
+    source_bias: Float[Array, "B 1 1 S"]
+
+
+class Context(NamedTuple):
+    """What is the same for all layers of a stack.
+
+    Position bias and mask are two arrays, (1, N, T, S) and (B or 1, 1, T or 1, S), and not their sum, which would be
+    B times as large.
+    """
+
+    position_bias: Array
+    mask_bias: Array
+    deterministic: bool
+    source: Array | None = None
+    source_bias: Array | None = None
+    step: Array | int | None = None
+
+
+class Attention(nn.Module):
+    """Attention of a stream to itself, or to the encoder's result."""
+
+    config: T5Config
+    place: str
+    sites: Sites
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attended: Array | KV,
+        bias: Array,
+        deterministic: bool,
+        past: KV | None = None,
+        step: Array | int | None = None,
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """Returns the result and the keys and values it attended to.
+
+        `attended` is a stream, or keys and values computed before; with `past`, those of the stream are written into
+        it at slot `step`.
+        """
+        c = self.config
+
+        def project(name: str, stream: Array) -> Array:
+            y = layers.Linear(c.num_heads * c.head_dim, f"{self.place}/{name}", self.sites, name=name)(stream)
+            return y.reshape(*stream.shape[:-1], c.num_heads, c.head_dim)
+
+        query = project("query", x)
+        kv = attended if isinstance(attended, KV) else KV(project("key", attended), project("value", attended))
+        if past is not None:
+            kv = layers.append(past, kv, step)
+        extra = layers.extra_segments(self.sites, self.place, c.num_heads, c.head_dim, x.dtype)
+        dropout = nn.Dropout(c.dropout_rate, deterministic=deterministic)
+        mixed = layers.attend(query, [*extra, Segment(kv, bias)], 1.0, dropout)
+        out = layers.Linear(c.width, f"{self.place}/out", self.sites, name="out")
+        return out(mixed.reshape(*mixed.shape[:-2], -1)), kv
+
+
+class MLP(nn.Module):
+    """`wo(act(wi(x)))`, or `wo(act(wi_0(x)) * wi_1(x))` when gated."""
+
+    config: T5Config
+    place: str
+    sites: Sites
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
+        c = self.config
+
+        def linear(name: str, features: int) -> layers.Linear:
+            return layers.Linear(features, f"{self.place}/{name}", self.sites, name=name)
+
+        hidden = ACTIVATIONS[c.activation](linear("wi_0" if c.gated else "wi", c.mlp_dim)(x))
+        if c.gated:
+            hidden = hidden * linear("wi_1", c.mlp_dim)(x)
+        hidden = nn.Dropout(c.dropout_rate)(hidden, deterministic=deterministic)
+        return linear("wo", c.width)(hidden)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention in both directions, then the MLP."""
+
+    config: T5Config
+    sites: Sites
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], None]:
+        c = self.config
+        drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
+
+        y = layers.RMSNorm(c.norm_eps, name="pre_attention_layer_norm")(x)
+        attention = Attention(c, "encoder/attention", self.sites, name="attention")
+        y, _ = attention(y, y, context.position_bias + context.mask_bias, context.deterministic)
+        x = x + drop(layers.residual_fill(self.sites, "encoder/attention", c.width)(y))
+
+        y = layers.RMSNorm(c.norm_eps, name="pre_mlp_layer_norm")(x)
+        y = MLP(c, "encoder/mlp", self.sites, name="mlp")(y, context.deterministic)
+        return x + drop(layers.residual_fill(self.sites, "encoder/mlp", c.width)(y)), None
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder's result, then the MLP."""
+
+    config: T5Config
+    sites: Sites
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B U D"], context: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B U D"], LayerCache]:
+        """Returns the stream, and the layer's keys and values; those of the source only when they were computed here."""
+        c = self.config
+        drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
+
+        y = layers.RMSNorm(c.norm_eps, name="pre_self_attention_layer_norm")(x)
+        attention = Attention(c, "decoder/self_attention", self.sites, name="self_attention")
+        bias, past = (
+            context.position_bias + context.mask_bias,
+            None if cache is None else cache.new,
+        )
+        y, new = attention(y, y, bias, context.deterministic, past, context.step)
+        x = x + drop(layers.residual_fill(self.sites, "decoder/self_attention", c.width)(y))
+
+        y = layers.RMSNorm(c.norm_eps, name="pre_cross_attention_layer_norm")(x)
+        place = "decoder/encoder_decoder_attention"
+        attention = Attention(c, place, self.sites, name="encoder_decoder_attention")
+        known = None if cache is None else cache.source
+        source = context.source if known is None else known
+        y, source_kv = attention(y, source, context.source_bias, context.deterministic)
+        x = x + drop(layers.residual_fill(self.sites, place, c.width)(y))
+
+        y = layers.RMSNorm(c.norm_eps, name="pre_mlp_layer_norm")(x)
+        y = MLP(c, "decoder/mlp", self.sites, name="mlp")(y, context.deterministic)
+        x = x + drop(layers.residual_fill(self.sites, "decoder/mlp", c.width)(y))
+        return x, LayerCache(source_kv if known is None else None, new)
+
+
+def _scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...]) -> Callable[..., nn.Module]:
+    """Returns the layer scanned: parameters stacked on axis 0, each layer with its own dropout."""
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+    )
+
+
+class Encoder(nn.Module):
+    """The stack that reads the prompt and the source."""
+
+    config: T5Config
+    sites: Sites
+
+    def setup(self) -> None:
+        c = self.config
+        self.relpos_bias = RelativePositionBias(c, bidirectional=True)
+        if c.scan_layers:
+            self.layers = _scanned(EncoderLayer, c.num_encoder_layers, (nn.broadcast,))(c, self.sites)
+        else:
+            self.layers = [EncoderLayer(c, self.sites) for _ in range(c.num_encoder_layers)]
+        self.encoder_norm = layers.RMSNorm(c.norm_eps)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def __call__(self, x: Float[Array, "B T D"], mask_bias: Array, deterministic: bool) -> Float[Array, "B T D"]:
+        """Returns the states after the final norm."""
+        positions = jnp.arange(x.shape[1])
+        context = Context(self.relpos_bias(positions, positions), mask_bias, deterministic)
+        x = self.dropout(x, deterministic=deterministic)
+        if self.config.scan_layers:
+            x, _ = self.layers(x, context)
+        else:
+            for layer in self.layers:
+                x, _ = layer(x, context)
+        return self.dropout(self.encoder_norm(x), deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """The stack that writes the target; it owns the output head when that is not tied to the embedding."""
+
+    config: T5Config
+    sites: Sites
+
+    def setup(self) -> None:
+        c = self.config
+        self.relpos_bias = RelativePositionBias(c, bidirectional=False)
+        if c.scan_layers:
+            self.layers = _scanned(DecoderLayer, c.num_decoder_layers, (nn.broadcast, 0))(c, self.sites)
+        else:
+            self.layers = [DecoderLayer(c, self.sites) for _ in range(c.num_decoder_layers)]
+        self.decoder_norm = layers.RMSNorm(c.norm_eps)
+        self.dropout = nn.Dropout(c.dropout_rate)
+        if not c.tied:
+            self.logits_dense = layers.Head(c.vocab_size)
+
+    def __call__(
+        self,
+        x: Float[Array, "B U D"],
+        source: Array | None,
+        source_bias: Array,
+        caches: Any = None,
+        step: Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B U D"], Any]:
+        """Returns the states after the final norm, and each layer's keys and values.
+
+        Without `caches` the stream stands alone; with them it is written from slot `step` on, and `source` is only
+        needed as long as they hold no keys and values of it.
+        """
+        length, slots = x.shape[1], x.shape[1] if caches is None else _slots(caches)
+        context = Context(
+            position_bias=self.relpos_bias(step + jnp.arange(length), jnp.arange(slots)),
+            mask_bias=layers.step_bias(length, slots, step),
+            deterministic=deterministic,
+            source=source,
+            source_bias=source_bias,
+            step=step,
+        )
+        x = self.dropout(x, deterministic=deterministic)
+        if self.config.scan_layers:
+            x, kvs = self.layers(x, context, caches)
+        else:
+            results = []
+            for i, layer in enumerate(self.layers):
+                x, kv = layer(x, context, None if caches is None else caches[i])
+                results.append(kv)
+            kvs = tuple(results)
+        return self.dropout(self.decoder_norm(x), deterministic=deterministic), kvs
+
+    def head(self, states: Array, vocab_ids: Array | None) -> Array:
+        """Returns the logits of a head that is not tied."""
+        return self.logits_dense(states, vocab_ids)
+
+
+def _slots(caches: Any) -> int:
+    """Returns the number of decoder slots: the size of axis S in (B, S, N, H), or in (L, B, S, N, H) when scanned."""
+    first = caches if isinstance(caches, LayerCache) else caches[0]
+    return first.new.keys.shape[-3]
+
+
+class T5(nn.Module):
+    """The backbone. Its methods take embedded text, so that a method can act between `embed` and the encoder."""
+
+    config: T5Config
+    sites: Sites = Sites()
+
+    def setup(self) -> None:
+        c = self.config
+        self.token_embedder = layers.Embedding(c.vocab_size, c.width, c.dtype)
+        self.encoder = Encoder(c, self.sites)
+        self.decoder = Decoder(c, self.sites)
+
+    def embed(self, tokens: Int[Array, "*S"]) -> Float[Array, "*S D"]:
+        """Returns the frozen input embeddings of token ids."""
+        return self.token_embedder(tokens)
+
+    def head(self, states: Float[Array, "*S D"], vocab_ids: Int[Array, " C"] | None = None) -> Float[Array, "*S V"]:
+        """Returns float32 logits over the vocabulary, or over `vocab_ids` alone; scaled by D^-1/2 when tied."""
+        if not self.config.tied:
+            return self.decoder.head(states, vocab_ids)
+        return self.token_embedder.attend(states, vocab_ids) * self.config.width**-0.5
+
+    def target_states(
+        self,
+        source: Float[Array, "B T D"],
+        source_mask: Bool[Array, "B T"],
+        prompt: Float[Array, "*B M D"] | None,
+        targets: Int[Array, "B U"],
+        deterministic: bool = True,
+    ) -> Float[Array, "B U D"]:
+        """Returns the state that predicts each target token, given the source and the targets before it.
+
+        With `deterministic=False` there is dropout as in T5, from the rng `"dropout"`: on the embedded source (its
+        prompt included) and target, the attention weights, the hidden layer of the MLP, the result of each sub-layer
+        and that of each stack. Every element is dropped by itself.
+        """
+        encoded, source_bias = self._encode(source, source_mask, prompt, deterministic)
+        start = jnp.full((targets.shape[0], 1), self.config.decoder_start_token, targets.dtype)
+        shifted = self.embed(jnp.concatenate([start, targets[:, :-1]], axis=1))
+        return self.decoder(shifted, encoded, source_bias, deterministic=deterministic)[0]
+
+    def start(
+        self,
+        source: Float[Array, "B T D"],
+        source_mask: Bool[Array, "B T"],
+        prompt: Float[Array, "*B M D"] | None,
+        max_new: int,
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Returns the state that predicts the first new token, and a cache with room for `max_new` tokens."""
+        c = self.config
+        encoded, source_bias = self._encode(source, source_mask, prompt, deterministic=True)
+        stacked = (c.num_decoder_layers,) if c.scan_layers else ()
+        room = (*stacked, source.shape[0], max_new + 1, c.num_heads, c.head_dim)
+        empty = LayerCache(None, KV(jnp.zeros(room, c.dtype), jnp.zeros(room, c.dtype)))
+        caches = empty if c.scan_layers else (empty,) * c.num_decoder_layers
+        first = self.embed(jnp.full((source.shape[0], 1), c.decoder_start_token, jnp.int32))
+        states, caches = self.decoder(first, encoded, source_bias, caches, 0)
+        return states[:, 0], Cache(caches, source_bias)
+
+    def extend(self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int) -> tuple[Float[Array, "B U D"], Cache]:
+        """Returns the states after appending tokens at step `t` (0 for the first new token), and the cache with them."""
+        states, kvs = self.decoder(self.embed(tokens), None, cache.source_bias, cache.layers, t + 1)
+        if self.config.scan_layers:
+            caches = cache.layers._replace(new=kvs.new)
+        else:
+            caches = tuple(old._replace(new=kv.new) for old, kv in zip(cache.layers, kvs, strict=True))
+        return states, cache._replace(layers=caches)
+
+    def _encode(
+        self,
+        source: Array,
+        source_mask: Array,
+        prompt: Array | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B 1 1 S"]]:
+        """Returns the encoder's states of the prompt and the source, S = M + T, and the bias that hides padding."""
+        if prompt is not None:
+            rows = (source.shape[0], *prompt.shape[-2:])
+            source = jnp.concatenate([jnp.broadcast_to(prompt.astype(source.dtype), rows), source], axis=1)
+            source_mask = jnp.concatenate([jnp.ones(rows[:2], bool), source_mask], axis=1)
+        bias = layers.mask_bias(source_mask)
+        return self.encoder(source, bias, deterministic), bias
