@@ -1,0 +1,1 @@
+"""Prompt tuning of frozen T5 and LLaMA-family models in JAX."""

@@ -1,0 +1,1 @@
+"""The command line: flags and gin, one call into the library each."""

@@ -1,0 +1,3 @@
+"""Tasks, their sources, and the way from text to batches."""
+
+from deptjax.data import packaged_sets as packaged_sets  # registers its tasks, whatever module is imported first

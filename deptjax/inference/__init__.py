@@ -1,0 +1,1 @@
+"""Decoding, and prediction for many tuned tasks from one frozen model."""

@@ -1,0 +1,1 @@
+"""The frozen backbones, and the one place where a method meets a backbone."""
