@@ -1,0 +1,297 @@
+"""From rows to token ids: sources cut with care, targets as the backbone's family expects them.
+
+Encoder-decoder (`causal=False`): the source ends with `</s>`, the target is its pieces and `</s>`.
+
+Causal: the source is what the tokenizer makes of it (with `<s>` where the tokenizer adds one), never with an end token.
+The target continues the text: a space is put between, unless the source ends in white space. A target of free text ends
+with the end token. So do labels, unless every label is a single token: these are scored by one state, and nothing
+follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from deptjax.data.tasks import Task
+from deptjax.data.templates import Row
+from deptjax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1024  # texts given to the tokenizer at once; fast tokenizers work in parallel over them
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    eos_token_id: Any
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any: ...
+
+    def decode(self, ids: Any) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One encoded row: `source` (T,) int32, not empty; `target` (U,) int32; `label` index, -1 for free text."""
+
+    source: np.ndarray
+    target: np.ndarray
+    label: int
+
+
+class Preprocessor:
+    r"""Encodes the rows of one task for one tokenizer.
+
+    A source longer than `max_length` tokens is cut (or is an error). What is cut is the end of the text in front of the
+    template's suffix: of `"{question}\nType:"` the question, so that the model still reads `Type:`. An
+    encoder-decoder's template without a suffix is cut by tokens, as the usual truncation does. `</s>` and the target
+    are never cut for it.
+
+    Attributes:
+        task, tokenizer, max_length, max_target_length: as given; `max_target_length` filled in from the task.
+        cut_count: number of sources and free-text targets cut so far.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        task: Task,
+        *,
+        causal: bool,
+        max_length: int,
+        on_too_long: str = "cut",
+        max_target_length: int | None = None,
+    ):
+        """Prepares the encoding of `task`.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            task: as returned by `Task.load`; labels that are still None are taken for free text.
+            causal: whether the backbone is causal rather than an encoder-decoder.
+            max_length: the most tokens of a source, special tokens included.
+            on_too_long: `cut`, which warns once, or `error`.
+            max_target_length: the most tokens of a free-text target, the end token included; None for the task's own.
+
+        Raises `UserError` for a setting out of range, or a tokenizer without an end token where one is needed.
+        """
+        if on_too_long not in ("cut", "error"):
+            raise UserError(f"on_too_long='{on_too_long}' must be 'cut' or 'error'")
+        if max_length < 1:
+            raise UserError(f"max_length={max_length} must be at least 1")
+        if max_target_length is not None and max_target_length < 1:
+            raise UserError(f"max_target_length={max_target_length} must be at least 1")
+        self.task = task
+        self.cut_count = 0
+        self.tokenizer = tokenizer
+        self._causal = causal
+        self.max_length = max_length
+        self._on_too_long = on_too_long
+        self.max_target_length = max_target_length or task.max_target_length
+        self._suffix = task.input_template.suffix
+        self._warned = False
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token (eos_token); use one that names it")
+        self._eos = int(tokenizer.eos_token_id)
+
+    def encode(self, row: Row) -> Example:
+        """Returns the encoded row; raises `UserError` naming it when it is too long and `on_too_long` is `error`."""
+        return self.encode_all([row])[0]
+
+    def encode_all(self, rows: Iterable[Row]) -> list[Example]:
+        """Returns the encoded rows, in their order.
+
+        Warns through `logging` the first time that texts are cut, with their number. Raises as `encode`.
+        """
+        rows, before = list(rows), self.cut_count
+        examples: list[Example] = []
+        for start in range(0, len(rows), _CHUNK):
+            examples += self._encode_chunk(rows[start : start + _CHUNK])
+        cut = self.cut_count - before
+        if cut and not self._warned:
+            self._warned = True
+            logger.warning(
+                "task '%s': %d of %d rows hold more than max_length=%d source or %d target tokens and were cut",
+                *(self.task.name, cut, len(rows), self.max_length, self.max_target_length),
+            )
+        return examples
+
+    def encode_text(self, source_text: str) -> np.ndarray:
+        """Returns the token ids (T,) int32 of a finished source text, cut as in training; for prediction.
+
+        `Task.source_text` makes the source text from a row or a bare text.
+        """
+        return np.asarray(self._fit(source_text, self._source_ids([source_text])[0], "")[1], np.int32)
+
+    def label_tokens(self) -> np.ndarray:
+        """Returns the token (C,) int32 of each label, for a loss over the labels alone.
+
+        Raises `UserError` naming a label that is not a single token, with its tokens, or two labels that share one.
+        """
+        tokens: list[int] = []
+        for label, pieces in zip(self._labels(), self._label_pieces, strict=True):
+            if len(pieces) != 1:
+                shown = " ".join(map(str, self.tokenizer.convert_ids_to_tokens(pieces)))
+                raise UserError(
+                    f"task '{self.task.name}': label '{label}' is {len(pieces)} tokens ({shown}), not one; give it a "
+                    "one-token text in verbalizers, or score labels by their likelihood"
+                )
+            if pieces[0] in tokens:
+                other = self._labels()[tokens.index(pieces[0])]
+                raise UserError(
+                    f"task '{self.task.name}': labels '{other}' and '{label}' are the same token ("
+                    f"{self.tokenizer.convert_ids_to_tokens(pieces)[0]}); give one another text in verbalizers"
+                )
+            tokens.append(pieces[0])
+        return np.asarray(tokens, np.int32)
+
+    def labels_are_tokens(self) -> bool:
+        """Returns whether every label is one token, and no two the same: whether `label_tokens` succeeds."""
+        firsts = {ids[0] for ids in self._label_pieces if len(ids) == 1}
+        return bool(self.task.labels) and len(firsts) == len(self.task.texts)
+
+    def label_sequences(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns each label's target ids (C, U) int32, padded on the right with 0, and their mask (C, U) bool.
+
+        For scoring by the likelihood of whole labels. The rows equal the targets of examples with that label. Raises
+        `UserError` for a task without labels.
+        """
+        self._labels()
+        ids = np.zeros((len(self._label_ids), max(map(len, self._label_ids))), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, label in enumerate(self._label_ids):
+            ids[row, : len(label)], mask[row, : len(label)] = label, True
+        return ids, mask
+
+    def _labels(self) -> tuple[str, ...]:
+        if not self.task.labels:
+            raise UserError(f"task '{self.task.name}' has no labels: it is free text; name its labels, or generate")
+        return self.task.labels
+
+    def _encode_chunk(self, rows: Sequence[Row]) -> list[Example]:
+        texts = [self.task.source_text(row) for row in rows]
+        fitted = [
+            self._fit(*each) for each in zip(texts, self._source_ids(texts), (row.origin for row in rows), strict=True)
+        ]
+        if self.task.labels:
+            labels = [self.task.label_index(row) for row in rows]
+            targets = [self._label_ids[label] for label in labels]
+        else:
+            labels = [-1] * len(rows)
+            pieces = self._target_pieces(fitted, [self.task.target_text(row) for row in rows])
+            targets = [self._fit_target(ids, row.origin) for ids, row in zip(pieces, rows, strict=True)]
+        return [
+            Example(np.asarray(source, np.int32), np.asarray(target, np.int32), label)
+            for (_, source), target, label in zip(fitted, targets, labels, strict=True)
+        ]
+
+    @functools.cached_property
+    def _label_pieces(self) -> list[list[int]]:
+        """The ids of each label without an end token.
+
+        A label is encoded once, behind a stand-in for the source, not once a row: it is the same class whatever the
+        row, and the loss over labels needs it to be the same tokens. What counts of the source is how it ends, the
+        suffix.
+        """
+        stand_in = "x" + self._suffix
+        sources = [(stand_in, ids) for ids in self._source_ids([stand_in])]
+        return self._target_pieces(sources * len(self.task.texts), list(self.task.texts))
+
+    @functools.cached_property
+    def _label_ids(self) -> list[list[int]]:
+        """The target of each label. All end with the end token, or, causal and single tokens, none does."""
+        bare = self._causal and self.labels_are_tokens()
+        return [ids if bare else [*ids, self._eos] for ids in self._label_pieces]
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]]
+
+    def _source_ids(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of source texts, with exactly one end token (encoder-decoder) or none (causal)."""
+        found = []
+        for ids in self._ids([self._tidy(text) for text in texts], special=True):
+            # At least one is kept of a causal text: where the start token is the end token too, it is not an end.
+            while len(ids) > self._causal and ids[-1] == self._eos:
+                ids.pop()
+            found.append(ids if self._causal else [*ids, self._eos])
+        return found
+
+    def _tidy(self, text: str) -> str:
+        """Returns a source text as it is encoded: a causal one without a suffix loses white space at its end.
+
+        Else the first target token, " yes" or "yes", would depend on how a row happens to end.
+        """
+        return text.rstrip() if self._causal and not self._suffix else text
+
+    def _fit(self, text: str, ids: list[int], origin: str) -> tuple[str, list[int]]:
+        """Returns the source text and its ids, cut to `max_length`."""
+        where = f"{origin}: " if origin else ""
+        text = self._tidy(text)
+        if not ids:
+            raise UserError(f"{where}the source text is empty; give a text")
+        if len(ids) <= self.max_length:
+            return text, ids
+        if self._on_too_long == "error":
+            raise UserError(
+                f"{where}the source is {len(ids)} tokens, more than max_length={self.max_length}; shorten it, raise "
+                "max_length, or set on_too_long='cut'"
+            )
+        self.cut_count += 1
+        suffix = self._suffix if text.endswith(self._suffix) else ""
+        if not self._causal and not suffix:
+            return text, [*ids[: self.max_length - 1], self._eos]
+        head = text[: len(text) - len(suffix)]
+        low, high = 0, len(head)  # the most letters of the head that fit are in [low, high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = len(self._source_ids([head[:middle] + suffix])[0]) <= self.max_length
+            low, high = (middle, high) if fits else (low, middle)
+        # Fewer letters can be more tokens (a word cut short), so what the search found is checked, and shortened if
+        # need be.
+        for keep in range(low, 0, -1):
+            cut = self._tidy(head[:keep] + suffix)
+            found = self._source_ids([cut])[0]
+            if found and len(found) <= self.max_length:
+                return cut, found
+        raise UserError(
+            f"{where}max_length={self.max_length} leaves no room for text before the end {suffix!r}; raise it"
+        )
+
+    def _target_pieces(self, sources: Sequence[tuple[str, list[int]]], targets: list[str]) -> list[list[int]]:
+        """Returns the ids of the targets behind their sources, without an end token."""
+        if not self._causal:
+            alone = self._ids(targets, special=False)
+            return [ids[:-1] if ids and ids[-1] == self._eos else ids for ids in alone]
+        spaced = [
+            target if not text or text[-1].isspace() or target[:1].isspace() else " " + target
+            for (text, _), target in zip(sources, targets, strict=True)
+        ]
+        joint = self._ids([text + target for (text, _), target in zip(sources, spaced, strict=True)], special=True)
+        alone = self._ids(spaced, special=False)
+        found = []
+        for (_, source), both, single in zip(sources, joint, alone, strict=True):
+            while both and both[-1] == self._eos:
+                both.pop()
+            # Tokens that straddle the border would differ from the source's own: then the target stands alone.
+            behind = both[len(source) :] if both[: len(source)] == source else []
+            found.append(behind or single)
+        return found
+
+    def _fit_target(self, ids: list[int], origin: str) -> list[int]:
+        if len(ids) + 1 > self.max_target_length:
+            if self._on_too_long == "error":
+                raise UserError(
+                    f"{origin}: the target is {len(ids) + 1} tokens, more than max_target_length="
+                    f"{self.max_target_length}; shorten it, raise max_target_length, or set on_too_long='cut'"
+                )
+            self.cut_count += 1
+            ids = ids[: self.max_target_length - 1]
+        return [*ids, self._eos]

@@ -1,0 +1,253 @@
+"""A task: where its rows come from, the text given to the model, the text expected of it, and the metrics."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from deptjax.data.metrics import check_metrics, compute_metrics
+from deptjax.data.sources import Source, Splits, source_from_config
+from deptjax.data.templates import Row, Template, as_text
+from deptjax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+MOST_INFERRED_LABELS = 20  # more distinct targets than this are taken for free text
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    r"""What a prompt is tuned for.
+
+    Attributes:
+        name: the task's name, for registry, messages and saved prompts.
+        source: where the rows come from; None for a task that only predicts.
+        input: template of the source text, such as `"{question}\nType:"`.
+        target: template of the target text. With `labels`, its filled text must be one of them. Without a leading
+            space: whether one is needed is a matter of the backbone, and added by `Preprocessor`.
+        labels: the allowed labels in the order of their indices; `()` for free text; None to infer them when the rows
+            are loaded, from a file or rows in memory with few distinct targets.
+        verbalizers: the text the model must produce for a label, where it is not the label itself.
+        metrics: names from `deptjax.data.metrics`; the first selects the best prompt. Empty: accuracy with labels,
+            exact_match for free text.
+        positive_label: the label that the metric `f1` is about; None for the last one.
+        max_target_length: the most tokens of a free-text target, and of a generated answer.
+
+    Raises `UserError` for a template that is none, labels that repeat or are fewer than two, a verbalizer or positive
+    label that is not in the labels, two labels with one text, or an unknown metric.
+    """
+
+    name: str
+    source: Source | None = dataclasses.field(repr=False)
+    input: str
+    target: str = "{label}"
+    labels: tuple[str, ...] | None = None
+    verbalizers: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    metrics: tuple[str, ...] = ()
+    positive_label: str | None = None
+    max_target_length: int = 64
+
+    def __post_init__(self) -> None:
+        where = f"task '{self.name}'"
+        Template(self.input, f"{where} input template"), Template(self.target, f"{where} target template")
+        if isinstance(self.labels, str) or isinstance(self.metrics, str):
+            raise UserError(f"{where}: labels and metrics are lists of texts, not one text; write ['accuracy'], say")
+        if self.labels is not None:
+            self._set(labels=tuple((as_text(label) or "").strip() for label in self.labels))
+        self._set(verbalizers=dict(self.verbalizers), metrics=tuple(self.metrics))
+        if self.labels:
+            self._check_labels(where, self.labels)
+        elif self.verbalizers:
+            raise UserError(f"{where}: verbalizers need labels; name the labels")
+        if self.labels is not None and not self.metrics:
+            self._set(metrics=("accuracy",) if self.labels else ("exact_match",))
+        check_metrics(self.metrics)
+        if self.max_target_length < 1:
+            raise UserError(f"{where}: max_target_length={self.max_target_length} must be at least 1")
+
+    def _set(self, **fields: Any) -> None:
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)  # the dataclass is frozen; only construction tidies its fields
+
+    def _check_labels(self, where: str, labels: tuple[str, ...]) -> None:
+        for label in labels:
+            if not label.strip():
+                raise UserError(f"{where}: a label is empty; each must be a text, a number or a boolean")
+            if labels.count(label) > 1:
+                raise UserError(f"{where}: label '{label}' is named twice; keep one")
+        if len(labels) < 2:
+            raise UserError(f"{where}: one label, '{labels[0]}', leaves nothing to learn; name at least two")
+        for label in [*self.verbalizers, *([self.positive_label] if self.positive_label is not None else [])]:
+            if label not in labels:
+                raise UserError(f"{where}: {_not_in_set(label, labels)} (named in verbalizers or positive_label)")
+        texts = collections.Counter(text.strip() for text in self.texts)
+        text, count = texts.most_common(1)[0]
+        if count > 1 or "" in texts:
+            raise UserError(f"{where}: {count} labels have the text '{text}'; give each a distinct text in verbalizers")
+
+    @functools.cached_property
+    def input_template(self) -> Template:
+        """The parsed input template."""
+        return Template(self.input, "input template")
+
+    @functools.cached_property
+    def target_template(self) -> Template:
+        """The parsed target template."""
+        return Template(self.target, "target template")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text the model must produce for each label, in the order of the labels; empty for free text."""
+        return tuple(self.verbalizers.get(label, label) for label in self.labels or ())
+
+    def source_text(self, row: Row | Mapping[str, object] | str) -> str:
+        """Returns the text given to the model for a row, or for a bare text where the template has a single column.
+
+        Raises `UserError` naming the column that is missing or empty.
+        """
+        if isinstance(row, str):
+            columns = self.input_template.columns
+            if len(columns) > 1:
+                raise UserError(f"task '{self.name}' needs the columns {', '.join(columns)}; give an object with these")
+            row = {columns[0]: row}
+        return self.input_template.render(row if isinstance(row, Row) else Row(row))
+
+    def label_of(self, row: Row) -> str:
+        """Returns the label of a row (its filled target template, stripped), or the whole target for free text.
+
+        Raises `UserError` naming the row and the set when the label is not in it, or when the target is empty.
+        """
+        label = self.target_template.render(row).strip()
+        if self.labels and label not in self.labels:
+            raise UserError(f"{row.origin}: {_not_in_set(label, self.labels)}")
+        return label
+
+    def target_text(self, row: Row) -> str:
+        """Returns the text the model must produce for a row."""
+        label = self.label_of(row)
+        return self.verbalizers.get(label, label)
+
+    def label_index(self, row: Row) -> int:
+        """Returns the index of a row's label, -1 for free text."""
+        return self.labels.index(self.label_of(row)) if self.labels else -1
+
+    def label_from_text(self, text: str) -> str:
+        """Returns the label that a produced text stands for, or the text itself, stripped, where it stands for none."""
+        text = text.strip()
+        for label, spoken in zip(self.labels or (), self.texts, strict=True):
+            if spoken.strip() == text:
+                return label
+        return text
+
+    def score(self, predictions: Iterable[str], rows: Iterable[Row]) -> dict[str, float]:
+        """Returns the task's metrics of predicted labels (or texts) against the rows' own.
+
+        See `compute_metrics`; a produced text is first turned into a label by `label_from_text`.
+        """
+        references = [self.label_of(row) for row in rows]
+        return compute_metrics(self.metrics, list(predictions), references, self.labels, self.positive_label)
+
+    def load(self) -> TaskData:
+        """Returns the rows, all of them checked, and the task with its labels and metrics filled in.
+
+        Raises `UserError` for everything that is wrong in the files, naming file, line and field.
+        """
+        if self.source is None:
+            raise UserError(f"task '{self.name}' has no source; give it files, such as FileSource(train='train.jsonl')")
+        splits = self.source.splits(self.source_text)
+        task = self
+        if self.labels is None:
+            labels = self._infer_labels(splits) if self.source.infer_labels else ()
+            task = dataclasses.replace(self, labels=labels)
+        for split in splits:
+            for row in split:
+                task.source_text(row), task.label_of(row)
+        return TaskData(task, splits.train, splits.dev, splits.test)
+
+    def _infer_labels(self, splits: Splits) -> tuple[str, ...]:
+        counts = collections.Counter(self.target_template.render(row).strip() for split in splits for row in split)
+        if not 2 <= len(counts) <= MOST_INFERRED_LABELS or min(counts.values()) < 2:
+            logger.warning(
+                "task '%s': labels not given, and %d distinct targets are not a set of labels: taken for free text",
+                *(self.name, len(counts)),
+            )
+            return ()
+        labels = tuple(sorted(counts))
+        logger.warning("task '%s': labels not given, inferred from the rows: %s", self.name, ", ".join(labels))
+        return labels
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns the task as a JSON object, which a saved prompt stores; `from_config` reads it."""
+        config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        config["source"] = None if self.source is None else self.source.to_config()
+        config["labels"] = None if self.labels is None else list(self.labels)
+        config["verbalizers"], config["metrics"] = dict(self.verbalizers), list(self.metrics)
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Task:
+        """Returns the task that `to_config` described.
+
+        Raises `UserError` for a field that is missing, or that a task does not have.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in config:
+            if name not in known:
+                raise UserError(
+                    f"task config: '{name}' is not a field of a task ({', '.join(known)}).{nearest(name, known)}"
+                )
+        for name in ("name", "input"):
+            if not isinstance(config.get(name), str):
+                raise UserError(f"task config: field '{name}' is missing or not a text")
+        fields = dict(config)
+        fields["source"] = source_from_config(fields.get("source"))
+        if fields.get("labels") is not None:
+            fields["labels"] = tuple(fields["labels"])
+        fields["metrics"] = tuple(fields.get("metrics", ()))
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task with its labels filled in, and its rows by split."""
+
+    task: Task
+    train: tuple[Row, ...]
+    dev: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def _not_in_set(label: str, labels: tuple[str, ...]) -> str:
+    return f"label '{label}' is not one of {', '.join(map(repr, labels))}.{nearest(label, labels)}"
+
+
+_REGISTRY: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> Task:
+    """Makes `get_task(task.name)` return `task`, and returns it.
+
+    Raises `UserError` when another task has the name already.
+    """
+    if _REGISTRY.setdefault(task.name, task) != task:
+        raise UserError(f"a task named '{task.name}' is registered already; choose another name")
+    return task
+
+
+def get_task(name: str) -> Task:
+    """Returns the registered task of that name.
+
+    Raises `UserError` with the nearest name when there is none.
+    """
+    if name not in _REGISTRY:
+        raise UserError(f"no task is named '{name}'; there are {', '.join(task_names())}.{nearest(name, _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def task_names() -> tuple[str, ...]:
+    """Returns the names of all registered tasks, sorted."""
+    return tuple(sorted(_REGISTRY))

@@ -1,0 +1,103 @@
+r"""Text templates with named columns, such as `"{question}\nType:"`, and the rows they are filled from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from collections.abc import Mapping
+
+from deptjax.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example as it was read: its columns, and where it came from (`"train.csv, line 3"`) for error messages."""
+
+    values: Mapping[str, object]
+    origin: str = ""
+
+
+def as_text(value: object) -> str | None:
+    """Returns the text of a column's value, as JSON writes it, or None when the value has no plain text.
+
+    Texts are returned as they are, numbers in Python's shortest form, booleans as `true` and `false`. Null,
+    not-a-number, lists, objects and bytes have no text.
+
+    >>> as_text(3), as_text(True), as_text([1])
+    ('3', 'true', None)
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or (isinstance(value, float) and not math.isnan(value)):
+        return str(value)
+    return None
+
+
+class Template:
+    r"""A text with `{column}` placeholders; `{{` and `}}` stand for braces.
+
+    Attributes:
+        text: the template as written.
+        columns: the columns it names, in order of first use, at least one.
+        suffix: the fixed text behind the last placeholder, which cutting a long source must not lose.
+
+    Raises `UserError` when the text names no column, or is not a template.
+
+    >>> template = Template("{question}\nType:")
+    >>> template.columns, template.suffix
+    (('question',), '\nType:')
+    """
+
+    def __init__(self, text: str, field: str = "template"):
+        self.text = text
+        self._field = field
+        self._parts: list[tuple[str, str | None]] = []  # (fixed text, column behind it or None)
+        try:
+            parsed = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise UserError(
+                f"{field} {text!r} is not a template: {error}; write {{{{ and }}}} for plain braces"
+            ) from None
+        for fixed, column, spec, conversion in parsed:
+            if column is not None and (column == "" or spec or conversion):
+                raise UserError(f"{field} {text!r}: a placeholder must be a bare column name such as {{text}}")
+            self._parts.append((fixed, column))
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys(c for _, c in self._parts if c is not None))
+        if not self.columns:
+            raise UserError(f"{field} {text!r} names no column; write the column's name in braces, such as {{text}}")
+        last_fixed, last_column = self._parts[-1]
+        self.suffix: str = last_fixed if last_column is None else ""
+
+    def render(self, row: Row) -> str:
+        """Returns the template filled from `row`.
+
+        Raises `UserError` that names the row's origin and the column: a column that is not there (with the ones that
+        are), a value without text (null, a list), or a row in which every named column is blank.
+        """
+        where = f"{row.origin}: " if row.origin else ""
+        texts: dict[str, str] = {}
+        for column in self.columns:
+            if column not in row.values:
+                known = [str(name) for name in row.values]
+                listed = ", ".join(f"'{name}'" for name in known) or "none"
+                raise UserError(
+                    f"{where}no column '{column}', which the {self._field} {self.text!r} names; "
+                    f"the columns are {listed}." + nearest(column, known)
+                )
+            value = row.values[column]
+            text = as_text(value)
+            if text is None:
+                kind = "empty (null)" if value is None or isinstance(value, float) else f"a {type(value).__name__}"
+                raise UserError(f"{where}column '{column}' is {kind}; it must hold a text, a number or a boolean")
+            texts[column] = text
+        if not any(text.strip() for text in texts.values()):
+            listed = ", ".join(f"'{column}'" for column in self.columns)
+            raise UserError(
+                f"{where}the text of column {listed} is empty; fill it or remove the row"
+                if len(texts) == 1
+                else f"{where}the texts of columns {listed} are all empty; fill one or remove the row"
+            )
+        return "".join(fixed + (texts[column] if column is not None else "") for fixed, column in self._parts)
