@@ -76,6 +76,9 @@ class Sites:
     residual: Callable[[ResidualSite, str], nn.Module | None] | None = None
 
 
+NO_SITES = Sites()
+
+
 class Vocabulary(NamedTuple):
     """What an initialiser may look at: the frozen embedding table (V, D), the tokenizer, and the task's labels."""
 
@@ -120,6 +123,14 @@ class Method:
     def groups(self, trainable: Tree) -> Tree:
         """Returns a tree like `trainable` whose leaves are the names of learning-rate groups."""
         return jax.tree_util.tree_map_with_path(lambda path, _: self.group(tuple(k.key for k in path)), trainable)
+
+    def learning_rates(self, prompt_lr: float) -> dict[str, float]:
+        """Returns a good peak learning rate for each group, for a user who gives none.
+
+        `prompt_lr` is the backbone's: a good rate for a vector that lives among its input embeddings
+        (`Backbone.prompt_lr`).
+        """
+        raise NotImplementedError
 
     def source_limit(self) -> int | None:
         """Returns the longest source text in tokens that the method can take, or `None` for any length."""

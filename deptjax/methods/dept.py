@@ -137,5 +137,9 @@ class DePT(InputMethod):
     def group(self, path: tuple[str, ...]) -> str:
         return "prompt" if path[-1] == "prompt" else "low_rank"
 
+    def learning_rates(self, prompt_lr: float) -> dict[str, float]:
+        # 5e-3 is the first of the authors' low-rank rates on T5; where embeddings are small, so must the offsets be.
+        return {"prompt": prompt_lr, "low_rank": min(5e-3, 1.25 * prompt_lr)}
+
     def source_limit(self) -> int:
         return self.max_length

@@ -17,3 +17,6 @@ class FullFineTuning(Method):
 
     def group(self, path: tuple[str, ...]) -> str:
         return "backbone"
+
+    def learning_rates(self, prompt_lr: float) -> dict[str, float]:
+        return {"backbone": 5e-5}

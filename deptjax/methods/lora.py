@@ -88,3 +88,6 @@ class LoRA(Method):
 
     def group(self, path: tuple[str, ...]) -> str:
         return "low_rank"
+
+    def learning_rates(self, prompt_lr: float) -> dict[str, float]:
+        return {"low_rank": 1e-3}

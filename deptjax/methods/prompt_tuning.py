@@ -44,3 +44,6 @@ class PromptTuning(InputMethod):
 
     def group(self, path: tuple[str, ...]) -> str:
         return "prompt"
+
+    def learning_rates(self, prompt_lr: float) -> dict[str, float]:
+        return {"prompt": prompt_lr}

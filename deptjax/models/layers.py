@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deptjax.methods.base import SITE, AttentionSite, LinearSite, ResidualSite, Sites
+from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites
 from deptjax.typing import Array, Float
 
 MASKED = -1e9  # added to scores that must not count; finite, so that a row without any key has no NaN
@@ -45,7 +45,7 @@ class Linear(nn.Module):
 
     features: int
     place: str
-    sites: Sites = Sites()
+    sites: Sites = NO_SITES
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deptjax.methods.base import Sites
+from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.layers import KV, Segment
 from deptjax.typing import Array, Bool, Float, Int
@@ -48,6 +48,7 @@ class LlamaConfig:
 
     family: ClassVar[str] = "llama"
     is_encoder_decoder: ClassVar[bool] = False
+    prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
 
     vocab_size: int
     width: int
@@ -64,7 +65,7 @@ class LlamaConfig:
     scan_layers: bool = False
     dtype: str = "float32"
 
-    def make(self, sites: Sites = Sites()) -> Llama:
+    def make(self, sites: Sites = NO_SITES) -> Llama:
         """Returns the Linen module with these sites filled."""
         return Llama(self, sites)
 
@@ -215,7 +216,7 @@ class Llama(nn.Module):
     """The backbone. Its methods take embedded text, so that a method can act between `embed` and the blocks."""
 
     config: LlamaConfig
-    sites: Sites = Sites()
+    sites: Sites = NO_SITES
 
     def setup(self) -> None:
         c = self.config

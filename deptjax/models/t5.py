@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.errors import UserError, nearest
-from deptjax.methods.base import Sites
+from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.layers import KV, Segment
 from deptjax.typing import Array, Bool, Float, Int
@@ -48,6 +48,8 @@ class T5Config:
 
     family: ClassVar[str] = "t5"
     is_encoder_decoder: ClassVar[bool] = True
+    prompt_lr_ratio: ClassVar[float] = 0.3  # see Backbone.prompt_lr
+    prompt_lr_ratio: ClassVar[float] = 0.3  # see Backbone.prompt_lr
 
     vocab_size: int
     width: int
@@ -77,7 +79,7 @@ class T5Config:
                 f"do not fit; use at least 4 buckets and a distance above half of them"
             )
 
-    def make(self, sites: Sites = Sites()) -> T5:
+    def make(self, sites: Sites = NO_SITES) -> T5:
         """Returns the Linen module with these sites filled."""
         return T5(self, sites)
 
@@ -144,15 +146,16 @@ class Context(NamedTuple):
     """What is the same for all layers of a stack.
 
     Position bias and mask are two arrays, (1, N, T, S) and (B or 1, 1, T or 1, S), and not their sum, which would be
-    B times as large.
+    B times as large. The decoder also has the encoder's result, with the bias that hides its padding, and the slot of
+    its first token.
     """
 
     position_bias: Array
     mask_bias: Array
     deterministic: bool
-    source: Array | None = None
-    source_bias: Array | None = None
-    step: Array | int | None = None
+    source: Any = None
+    source_bias: Any = None
+    step: Array | int = 0
 
 
 class Attention(nn.Module):
@@ -170,7 +173,7 @@ class Attention(nn.Module):
         bias: Array,
         deterministic: bool,
         past: KV | None = None,
-        step: Array | int | None = None,
+        step: Array | int = 0,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """Returns the result and the keys and values it attended to.
 
@@ -246,16 +249,14 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "B U D"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "B U D"], LayerCache]:
-        """Returns the stream, and the layer's keys and values; those of the source only when they were computed here."""
+        """Returns the stream and the layer's keys and values: those of the source only when they were computed here."""
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
 
         y = layers.RMSNorm(c.norm_eps, name="pre_self_attention_layer_norm")(x)
         attention = Attention(c, "decoder/self_attention", self.sites, name="self_attention")
-        bias, past = (
-            context.position_bias + context.mask_bias,
-            None if cache is None else cache.new,
-        )
+        bias = context.position_bias + context.mask_bias
+        past = None if cache is None else cache.new
         y, new = attention(y, y, bias, context.deterministic, past, context.step)
         x = x + drop(layers.residual_fill(self.sites, "decoder/self_attention", c.width)(y))
 
@@ -273,14 +274,10 @@ class DecoderLayer(nn.Module):
         return x, LayerCache(source_kv if known is None else None, new)
 
 
-def _scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...]) -> Callable[..., nn.Module]:
+def _scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...]) -> Any:
     """Returns the layer scanned: parameters stacked on axis 0, each layer with its own dropout."""
     return nn.scan(
-        layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=in_axes,
-        length=length,
+        layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, in_axes=in_axes, length=length
     )
 
 
@@ -380,7 +377,7 @@ class T5(nn.Module):
     """The backbone. Its methods take embedded text, so that a method can act between `embed` and the encoder."""
 
     config: T5Config
-    sites: Sites = Sites()
+    sites: Sites = NO_SITES
 
     def setup(self) -> None:
         c = self.config
@@ -436,7 +433,7 @@ class T5(nn.Module):
         return states[:, 0], Cache(caches, source_bias)
 
     def extend(self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int) -> tuple[Float[Array, "B U D"], Cache]:
-        """Returns the states after appending tokens at step `t` (0 for the first new token), and the cache with them."""
+        """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them."""
         states, kvs = self.decoder(self.embed(tokens), None, cache.source_bias, cache.layers, t + 1)
         if self.config.scan_layers:
             caches = cache.layers._replace(new=kvs.new)
@@ -445,11 +442,7 @@ class T5(nn.Module):
         return states, cache._replace(layers=caches)
 
     def _encode(
-        self,
-        source: Array,
-        source_mask: Array,
-        prompt: Array | None,
-        deterministic: bool,
+        self, source: Array, source_mask: Array, prompt: Array | None, deterministic: bool
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B 1 1 S"]]:
         """Returns the encoder's states of the prompt and the source, S = M + T, and the bias that hides padding."""
         if prompt is not None:

@@ -20,9 +20,7 @@ def target_loss(
     return jnp.sum(losses * counts) / jnp.maximum(jnp.sum(counts), 1.0)
 
 
-def label_loss(
-    logits: Float[Array, "B C"], label: Int[Array, "B"], weight: Float[Array, "B"]
-) -> Float[Array, ""]:
+def label_loss(logits: Float[Array, "B C"], label: Int[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, ""]:
     """Returns the mean cross-entropy in nats of the right label among the C labels, of the rows that count."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
     return jnp.sum(losses * weight) / jnp.maximum(jnp.sum(weight), 1.0)

@@ -1,0 +1,89 @@
+"""A backbone: the frozen model that a method is tuned on - its config, its parameters and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from deptjax.methods.base import Sites, Vocabulary
+from deptjax.typing import Array, Tree
+
+# Fields of a config that change how the function is computed or trained, not which function it is.
+_NOT_FUNCTION = ("dtype", "scan_layers", "dropout_rate")
+_ROWS = 4096  # rows of the embedding table looked at together
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen model.
+
+    `name` is what it was loaded from, `config` a `LlamaConfig` or `T5Config`, `params` its parameter tree
+    (ARCHITECTURE.md has the paths and shapes), `tokenizer` a transformers tokenizer.
+    """
+
+    name: str
+    config: Any
+    params: Tree
+    tokenizer: Any
+
+    def module(self, sites: Sites | None = None) -> Any:
+        """Returns the Linen module of the backbone, with `sites` filled (none of them by default)."""
+        return self.config.make(Sites() if sites is None else sites)
+
+    @property
+    def width(self) -> int:
+        """The width D of the embeddings and of the residual stream."""
+        return int(self.config.width)
+
+    @property
+    def embedding(self) -> Array:
+        """The embedding table, (V, D)."""
+        return self.params["token_embedder"]["embedding"]
+
+    def vocabulary(self, labels: tuple[str, ...] = ()) -> Vocabulary:
+        """Returns what an initialiser may look at: the table, the tokenizer and the task's labels."""
+        return Vocabulary(self.embedding, self.tokenizer, labels)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one backbone from another: a flat dict of plain values, ready for JSON.
+
+        Holds the config's fields that define the function (not its dtype, the layout of its layers, or dropout), and
+        under `"embedding"` the first 16 hex digits of the SHA-256 of the embedding table rounded to bfloat16: so a
+        float32 and a bfloat16 load of the same weights have the same fingerprint.
+        """
+        digest = hashlib.sha256()
+        for rows in self._embedding_rows():
+            digest.update(np.ascontiguousarray(rows.astype(ml_dtypes.bfloat16)).view(np.uint8))
+        fields = {"family": self.config.family, **_flatten(dataclasses.asdict(self.config))}
+        return {**fields, "embedding": digest.hexdigest()[:16]}
+
+    @functools.cached_property
+    def embedding_rms(self) -> float:
+        """The root mean square of all entries of the embedding table: the scale on which soft prompts live."""
+        total = sum(float(np.sum(np.square(rows.astype(np.float64)))) for rows in self._embedding_rows())
+        return math.sqrt(total / math.prod(self.embedding.shape))
+
+    def _embedding_rows(self) -> Iterator[np.ndarray]:
+        """Yields the table a few thousand rows at a time: it is the largest array, and is not to be copied whole."""
+        for start in range(0, self.embedding.shape[0], _ROWS):
+            yield np.asarray(self.embedding[start : start + _ROWS])
+
+
+def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if not prefix and name in _NOT_FUNCTION:
+            continue
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

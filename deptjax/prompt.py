@@ -1,0 +1,157 @@
+"""A saved prompt: a folder with `prompt.safetensors` (the tuned parameters) and `prompt.json` (what they are for)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from deptjax.errors import UserError
+from deptjax.methods.base import method_from_config, method_to_config
+from deptjax.typing import Tree
+from deptjax.version import __version__
+
+TENSORS = "prompt.safetensors"
+CARD = "prompt.json"
+VERSIONED = ("jax", "flax", "optax", "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a run leaves behind, whatever the method: parameters, and all that is needed to use them rightly.
+
+    Attributes:
+      method: with every field resolved.
+      trainable: numpy arrays, as `PromptedModel` takes them.
+      backbone: name of the backbone it was tuned on.
+      fingerprint: `Backbone.fingerprint` of that backbone.
+      task: the task's configuration (template, labels, metrics).
+      metrics: scores of this prompt, `{"dev/accuracy": 0.9}`.
+      settings: what else prediction must repeat (`max_length`).
+      run_id: 12 hex digits that depend on the parameters and the run's configuration, as a git commit does on its tree.
+    """
+
+    method: Any
+    trainable: Tree
+    backbone: str
+    fingerprint: dict[str, Any]
+    task: dict[str, Any]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    run_id: str = ""
+
+    def check_backbone(self, backbone: Any, where: str = "this prompt") -> None:
+        """Raises `UserError` naming the fields in which `backbone` differs from the one the prompt was tuned on."""
+        actual = backbone.fingerprint
+        different = [k for k in {**self.fingerprint, **actual} if self.fingerprint.get(k) != actual.get(k)]
+        if different:
+            told = "; ".join(f"{k} is {actual.get(k)}, not {self.fingerprint.get(k)}" for k in sorted(different))
+            raise UserError(f"{where} was tuned on '{self.backbone}', not on '{backbone.name}': {told}")
+
+    def size(self) -> int:
+        """Returns the bytes of the tuned parameters."""
+        return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(self.trainable))
+
+    def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
+        """Writes the folder, replacing a prompt that is there; a crash at any moment leaves the old or the new one."""
+        from safetensors.numpy import save_file
+
+        folder = pathlib.Path(folder)
+        fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.new")
+        fresh.mkdir(parents=True)
+        tensors = {k: np.ascontiguousarray(v) for k, v in _flatten(self.trainable).items()}
+        save_file(tensors, fresh / TENSORS)
+        run_id = self.run_id or _digest(
+            tensors, method_to_config(self.method), self.fingerprint, self.task, self.settings
+        )
+        card = {
+            "format": 1,
+            "run_id": run_id,
+            "method": method_to_config(self.method),
+            "backbone": {"name": self.backbone, "fingerprint": self.fingerprint},
+            "task": self.task,
+            "settings": self.settings,
+            "metrics": self.metrics,
+            "versions": {"deptjax": __version__, **{name: metadata.version(name) for name in VERSIONED}},
+        }
+        (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n")
+        replace_folder(fresh, folder)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Prompt:
+        """Reads a folder that `save` wrote. Raises `UserError` for one that is missing, foreign or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        folder = pathlib.Path(folder)
+        recover_folder(folder)
+        for name in (CARD, TENSORS):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder} is not a saved prompt: it has no {name}")
+        try:
+            card = json.loads((folder / CARD).read_text())
+            prompt = cls(
+                method=method_from_config(card["method"]),
+                trainable=_unflatten(load_file(folder / TENSORS)),
+                backbone=card["backbone"]["name"],
+                fingerprint=card["backbone"]["fingerprint"],
+                task=card["task"],
+                metrics=card["metrics"],
+                settings=card["settings"],
+                run_id=card["run_id"],
+            )
+        except json.JSONDecodeError as error:
+            raise UserError(f"{folder / CARD} is not JSON: line {error.lineno}: {error.msg}") from error
+        except KeyError as error:
+            raise UserError(f"{folder / CARD} has no field {error}; it was not written by deptjax") from error
+        except SafetensorError as error:
+            raise UserError(f"{folder / TENSORS} is damaged: {error}") from error
+        return prompt
+
+
+def replace_folder(fresh: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts `fresh` in the place of `folder`; `recover_folder` mends what a crash between the two renames leaves."""
+    old = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: pathlib.Path) -> None:
+    """Brings back the folder that `replace_folder` had put aside when it was cut off."""
+    if not folder.exists() and _aside(folder).exists():
+        os.replace(_aside(folder), folder)
+
+
+def _aside(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _flatten(tree: Tree) -> dict[str, np.ndarray]:
+    return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def _unflatten(tensors: dict[str, np.ndarray]) -> Tree:
+    return traverse_util.unflatten_dict(tensors, sep="/")
+
+
+def _digest(tensors: dict[str, np.ndarray], *configs: Any) -> str:
+    digest = hashlib.sha1()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].tobytes())
+    digest.update(json.dumps(configs, sort_keys=True).encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,131 @@
+"""The settings of a run, with the values the authors of DePT used as defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from deptjax.errors import UserError, nearest
+from deptjax.training.optim import SCHEDULES, default_warmup, make_schedule
+
+LOSSES = ("auto", "labels", "vocabulary")
+EVALUATIONS = ("auto", "labels", "generate")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train; what to train is the method's, and on what is the task's.
+
+    Attributes:
+      steps: updates of the parameters.
+      batch_size: rows a batch, over all hosts together.
+      accumulate: batches a step, whose gradients are averaged.
+      prompt_lr, low_rank_lr, backbone_lr: peak learning rates of the groups; `None` takes the method's default for
+        this backbone.
+      schedule: `linear` (decay to 0), `cosine` or `constant`, after the warm-up.
+      prompt_schedule, low_rank_schedule, backbone_schedule: for one group; `None` means `schedule`.
+      warmup_steps: linear rise; `None` means 500, or 6 % of a shorter run.
+      prompt_warmup_steps, low_rank_warmup_steps, backbone_warmup_steps: for one group; `None` means `warmup_steps`.
+      clip_norm, weight_decay, adam_eps: see `make_optimizer`.
+      loss: `labels` (over the labels' tokens alone), `vocabulary`, or `auto`: `labels` where every label is one token.
+      evaluation: `labels` (by likelihood), `generate` (greedy text), or `auto`: `labels` where the task has labels.
+      max_length: longest source in tokens; `None` means the method's `max_length`, or 256.
+      on_too_long: `cut` longer sources with a counted warning, or `error`.
+      dropout: the backbone's dropout in training (T5 has it).
+      buckets: how many source lengths batches are padded to, at most; each is one more program to compile.
+      eval_every: steps between evaluations on the dev split; 0 for none.
+      eval_examples: dev examples looked at; `None` for all.
+      eval_batch_size: rows.
+      checkpoint_every: steps between checkpoints.
+      log_every: steps between lines of `metrics.jsonl`.
+      share_prompt: see `PromptedModel`.
+      seed: of everything random: initial values, order of the data, dropout.
+    """
+
+    steps: int = 30_000
+    batch_size: int = 32
+    accumulate: int = 1
+    prompt_lr: float | None = None
+    low_rank_lr: float | None = None
+    backbone_lr: float | None = None
+    schedule: str = "linear"
+    prompt_schedule: str | None = None
+    low_rank_schedule: str | None = None
+    backbone_schedule: str | None = None
+    warmup_steps: int | None = None
+    prompt_warmup_steps: int | None = None
+    low_rank_warmup_steps: int | None = None
+    backbone_warmup_steps: int | None = None
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    adam_eps: float = 1e-6
+    loss: str = "auto"
+    evaluation: str = "auto"
+    max_length: int | None = None
+    on_too_long: str = "cut"
+    dropout: bool = True
+    buckets: int = 5
+    eval_every: int = 1000
+    eval_examples: int | None = None
+    eval_batch_size: int = 32
+    checkpoint_every: int = 500
+    log_every: int = 10
+    share_prompt: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "buckets",
+            "eval_batch_size",
+            "checkpoint_every",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length is {self.max_length}; it must be at least 1")
+        for name in ("prompt_lr", "low_rank_lr", "backbone_lr", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}; it must be above 0")
+        choices = {
+            "schedule": SCHEDULES,
+            "loss": LOSSES,
+            "evaluation": EVALUATIONS,
+            "on_too_long": ("cut", "error"),
+            **{f"{group}_schedule": (*SCHEDULES, None) for group in ("prompt", "low_rank", "backbone")},
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                names = [k for k in known if k]
+                raise UserError(
+                    f"{name} '{value}' is not known; there are {', '.join(names)}.{nearest(str(value), names)}"
+                )
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> TrainConfig:
+        """Returns the config with these fields set. Raises `UserError` for a name that is no field."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise UserError(f"there is no setting '{name}'.{nearest(name, known)}")
+        return cls(**settings)
+
+    def learning_rates(self, defaults: dict[str, float]) -> dict[str, float]:
+        """Returns the peak learning rate of each group in `defaults`, the user's where one is given."""
+        own = {group: getattr(self, f"{group}_lr", None) for group in defaults}
+        return {group: default if own[group] is None else own[group] for group, default in defaults.items()}
+
+    def schedules(self, rates: dict[str, float]) -> dict[str, Any]:
+        """Returns the learning-rate schedule of each group."""
+        common = default_warmup(self.steps) if self.warmup_steps is None else self.warmup_steps
+        schedules = {}
+        for group, rate in rates.items():
+            own_warmup = getattr(self, f"{group}_warmup_steps", None)
+            kind = getattr(self, f"{group}_schedule", None) or self.schedule
+            schedules[group] = make_schedule(kind, rate, self.steps, common if own_warmup is None else own_warmup)
+        return schedules

@@ -1,0 +1,132 @@
+"""A run's folder: what was asked, what was measured, and the best prompt so far.
+
+config.json       everything that decides the result; a run is resumed only by the same
+metrics.jsonl     one line a logged step
+tensorboard/      the same, for TensorBoard
+checkpoints/      to resume from
+prompt/           the best prompt so far (see `deptjax.prompt`)
+result.json       written when the run has ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from deptjax.checkpoint import disk_errors
+from deptjax.errors import UserError
+from deptjax.prompt import recover_folder
+
+MISSING = "nothing"
+
+
+class RunFolder:
+    """The files of one run. Raises `UserError` where the folder cannot be written, or belongs to another run."""
+
+    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
+        self.path = pathlib.Path(path)
+        self._config_file = self.path / "config.json"
+        with disk_errors(self.path):
+            if self._config_file.exists():
+                self._refuse_other(config)
+            elif self.path.exists() and any(self.path.iterdir()) and not self._started_by_us():
+                raise UserError(f"{self.path} is not empty and holds no run of deptjax; choose another workdir")
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(self._config_file, config)
+            probe = self.path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        recover_folder(self.prompt)
+        self._writer: Any = None
+        self._metrics: Any = None
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def prompt(self) -> pathlib.Path:
+        """The folder of the best prompt."""
+        return self.path / "prompt"
+
+    @property
+    def result(self) -> pathlib.Path:
+        """The file that says that the run has ended, and how."""
+        return self.path / "result.json"
+
+    def open_logs(self, step: int) -> None:
+        """Opens the logs at `step`; lines of later steps, which a resumed run writes again, are dropped."""
+        from tensorboardX import SummaryWriter
+
+        file = self.path / "metrics.jsonl"
+        with disk_errors(file):
+            if file.exists():
+                kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+                write_text(file, "".join(line + "\n" for line in kept))
+            self._metrics = file.open("a")
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line of numbers."""
+        with disk_errors(self.path):
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def history(self) -> list[dict[str, float]]:
+        """Returns the lines of `metrics.jsonl`."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def close(self) -> None:
+        """Closes the logs."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._writer.close()
+
+    def _started_by_us(self) -> bool:
+        # A run cut off before it wrote its config has at most the temporary file of that config.
+        return all(entry.name.startswith(".config.json.") for entry in self.path.iterdir())
+
+    def _refuse_other(self, config: dict[str, Any]) -> None:
+        try:
+            old = _flat(json.loads(self._config_file.read_text()))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self._config_file} is not JSON: line {error.lineno}: {error.msg}") from error
+        new = _flat(json.loads(json.dumps(config)))
+        different = sorted(k for k in {**old, **new} if old.get(k, MISSING) != new.get(k, MISSING))
+        if different:
+            told = "; ".join(f"{k} was {old.get(k, MISSING)}, is now {new.get(k, MISSING)}" for k in different)
+            raise UserError(f"{self.path} holds a run with another configuration ({told}); choose another workdir")
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file that is never seen half-written."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Writes a text file that is never seen half-written."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    fresh.write_text(text)
+    os.replace(fresh, file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # the last line of a run that was killed while writing it
+        return float("inf")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,221 @@
+"""The training loop: batches in, parameters out; evaluates, logs, saves, stops cleanly, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from deptjax.checkpoint import Checkpoints
+from deptjax.errors import UserError
+from deptjax.training.config import TrainConfig
+from deptjax.training.folder import RunFolder
+from deptjax.training.state import TrainState
+from deptjax.typing import Tree
+
+QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
+
+
+class StopSignals:
+    """While active, Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint keeps beside the state: where the data stands, and the best evaluation so far."""
+
+    data: dict[str, Any]
+    best_step: int = 0
+    best_score: float | None = None
+    best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: the state, the progress, whether all steps were done, and the median seconds a step."""
+
+    state: TrainState
+    progress: Progress
+    finished: bool
+    seconds_per_step: float | None
+
+
+@dataclasses.dataclass
+class Loop:
+    """The loop of one run and what it works on.
+
+    Attributes:
+      config: the settings.
+      folder: where everything is written.
+      checkpoints: of this run.
+      step_fn: `step(state, frozen, batch) -> (state, metrics)`.
+      frozen: the frozen tree.
+      batches: an iterator with `get_state`.
+      put_batch: places a batch on the devices.
+      rates: schedules of the learning-rate groups, for the logs.
+      evaluate: returns the dev metrics of a trainable tree, the one that selects the best first; or `None`.
+      save_prompt: writes the prompt folder.
+      bar: whether to draw a progress bar; `None` draws one on a terminal.
+    """
+
+    config: TrainConfig
+    folder: RunFolder
+    checkpoints: Checkpoints
+    step_fn: Callable[[TrainState, Tree, Any], tuple[TrainState, dict[str, jax.Array]]]
+    frozen: Tree
+    batches: Iterator[Any]
+    put_batch: Callable[[Any], Any]
+    rates: dict[str, Callable[[Any], Any]]
+    evaluate: Callable[[Tree], dict[str, float]] | None
+    save_prompt: Callable[[Tree, dict[str, float]], object]
+    bar: bool | None = None
+
+    def run(self, state: TrainState, progress: Progress) -> Outcome:
+        """Trains until the last step or a signal, then saves."""
+        done = int(state.step) // self.config.accumulate
+        self.folder.open_logs(done)
+        seconds: list[float] = []
+        try:
+            with StopSignals() as signals, self._make_bar(done) as bar:
+                window = _Window()
+                while done < self.config.steps and signals.received is None:
+                    began = time.perf_counter()
+                    state, loss = self._step(state, done, progress, window)
+                    done += 1
+                    seconds.append(time.perf_counter() - began)
+                    bar.update()
+                    self._report(bar, done, loss, window, progress)
+                    if self.evaluate and (self._due(done, self.config.eval_every) or done == self.config.steps):
+                        self._evaluate(state, done, progress, bar)
+                        window.restart()
+                    if self._due(done, self.config.checkpoint_every):
+                        self._checkpoint(state, progress)
+            finished = done == self.config.steps
+            if finished and self.evaluate is None:
+                progress.best_step = done
+                self.save_prompt(state.trainable, {})
+            self._checkpoint(state, progress)
+            self.checkpoints.wait()
+        finally:
+            self.folder.close()
+        return Outcome(state, progress, finished, statistics.median(seconds) if seconds else None)
+
+    def _step(self, state: TrainState, done: int, progress: Progress, window: _Window) -> tuple[TrainState, float]:
+        """Returns the state after one update, and its loss: the mean over the batches whose gradients it averages."""
+        losses = []
+        for _ in range(self.config.accumulate):
+            batch = next(self.batches)
+            window.rows += len(batch["label"]) * jax.process_count()
+            state, metrics = self.step_fn(state, self.frozen, self.put_batch(batch))
+            losses.append(metrics)
+        values = jax.device_get(losses)
+        if not all(value["finite"] for value in values):
+            self._stop_at_nan(state, done + 1, progress)
+        window.losses.append(sum(float(value["loss"]) for value in values) / len(values))
+        window.grad_norm = float(values[-1]["grad_norm"])
+        return state, window.losses[-1]
+
+    def _stop_at_nan(self, state: TrainState, step: int, progress: Progress) -> None:
+        # The step that met a NaN changed no parameter, so what the state holds is good.
+        if progress.best_score is None:
+            self.save_prompt(state.trainable, {})
+        kept = f"of step {progress.best_step}" if progress.best_score is not None else f"before step {step}"
+        rates = ", ".join(f"{name}_lr {float(rate(step - 1)):.3g}" for name, rate in self.rates.items())
+        raise UserError(
+            f"the loss is not a finite number at step {step} (learning rates there: {rates}); the prompt {kept} is kept in "
+            f"{self.folder.prompt}; lower the learning rates and use a new workdir"
+        )
+
+    def _report(self, bar: tqdm, done: int, loss: float, window: _Window, progress: Progress) -> None:
+        speed = window.rows / max(time.perf_counter() - window.began, 1e-9)
+        shown = {"loss": f"{sum(window.losses[-20:]) / len(window.losses[-20:]):.3f}", "examples/s": f"{speed:.1f}"}
+        if progress.best_metrics:
+            name, value = next(iter(progress.best_metrics.items()))
+            shown[f"best {name}"] = f"{value:.3f}"
+        bar.set_postfix(shown, refresh=False)
+        if bar.disable and self.bar is not False and time.perf_counter() - window.spoke > QUIET_SECONDS:
+            window.spoke = time.perf_counter()
+            print(f"step {done}/{self.config.steps} {', '.join(f'{k} {v}' for k, v in shown.items())}", file=sys.stderr)
+        if self._due(done, self.config.log_every) or done == self.config.steps:
+            since = window.losses[window.logged :]
+            window.logged = len(window.losses)
+            rates = {f"lr/{name}": float(rate(done - 1)) for name, rate in self.rates.items()}
+            values = {
+                "loss": sum(since) / len(since),
+                "grad_norm": window.grad_norm,
+                "examples_per_second": speed,
+                **rates,
+            }
+            if jax.process_index() == 0:
+                self.folder.log(done, values)
+
+    def _evaluate(self, state: TrainState, done: int, progress: Progress, bar: tqdm) -> None:
+        assert self.evaluate is not None
+        bar.set_description("evaluating")
+        metrics = self.evaluate(state.trainable)
+        bar.set_description("training")
+        score = next(iter(metrics.values()))
+        if progress.best_score is None or score > progress.best_score:
+            progress.best_step, progress.best_score, progress.best_metrics = done, score, metrics
+            self.save_prompt(state.trainable, metrics)
+        if jax.process_index() == 0:
+            self.folder.log(done, metrics)
+        told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if self.bar is not False:
+            bar.write(f"step {done}: {told}" + (" (best)" if progress.best_step == done else ""), file=sys.stderr)
+
+    def _checkpoint(self, state: TrainState, progress: Progress) -> None:
+        progress.data = self.batches.get_state()  # type: ignore[attr-defined]
+        self.checkpoints.save(state, dataclasses.asdict(progress))
+
+    def _due(self, done: int, every: int) -> bool:
+        return every > 0 and done % every == 0
+
+    def _make_bar(self, done: int) -> tqdm:
+        disable = None if self.bar is None else not self.bar
+        return tqdm(
+            total=self.config.steps, initial=done, desc="training", unit="step", disable=disable, dynamic_ncols=True
+        )
+
+
+@dataclasses.dataclass
+class _Window:
+    """What is averaged for display and logs: speed since the last evaluation, losses since the last line."""
+
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    spoke: float = dataclasses.field(default_factory=time.perf_counter)
+    rows: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    logged: int = 0
+    grad_norm: float = 0.0
+
+    def restart(self) -> None:
+        """Starts to measure speed anew, so that the time of an evaluation does not count."""
+        self.began, self.rows = time.perf_counter(), 0
