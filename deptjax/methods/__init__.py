@@ -17,6 +17,7 @@ from deptjax.methods.dept import DePT, dept_offset, rank_for_budget
 from deptjax.methods.full import FullFineTuning
 from deptjax.methods.lora import LoRA
 from deptjax.methods.prompt_tuning import PromptTuning
+from deptjax.methods.zero_shot import ZeroShot
 
 __all__ = [
     "AttentionSite",
@@ -29,6 +30,7 @@ __all__ = [
     "ResidualSite",
     "Sites",
     "Vocabulary",
+    "ZeroShot",
     "dept_offset",
     "method_class",
     "method_from_config",

@@ -1,0 +1,14 @@
+"""No tuning at all: the frozen model as it is. The baseline of every method."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from deptjax.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot(Method):
+    """Fills no site and has no parameters: its `trainable` is `{}`. It can be evaluated, not trained or saved."""
+
+    kind = "zero_shot"
