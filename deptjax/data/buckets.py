@@ -27,7 +27,7 @@ def choose_buckets(
     lengths, a length below 1 or above `max_length`, or `count` or `multiple` below 1.
 
     >>> choose_buckets([3, 3, 4, 9, 30], count=2)
-    (12, 32)
+    (4, 32)
     """
     sizes = np.asarray(list(lengths), np.int64)
     if sizes.size == 0 or sizes.min() < 1 or count < 1 or multiple < 1:
