@@ -20,6 +20,7 @@ from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.data.tasks import Task, TaskData, get_task
 from deptjax.errors import UserError
 from deptjax.inference.evaluator import Evaluator
+from deptjax.memory import PeakMemory
 from deptjax.methods.base import Method, Vocabulary, method_to_config
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
@@ -46,6 +47,7 @@ class Run:
       finished: false when a signal stopped the run before its last step; calling `train` again goes on.
       trainable_parameters: how many numbers were tuned.
       seconds_per_step: median, or `None` when no step was taken.
+      peak_mib: peak memory while training (see `PeakMemory`).
     """
 
     prompt: Prompt | None
@@ -53,6 +55,7 @@ class Run:
     finished: bool
     trainable_parameters: int
     seconds_per_step: float | None
+    peak_mib: float
 
 
 def train(
@@ -173,10 +176,11 @@ def train(
         so_far = Progress(**saved)
         batches.set_state(so_far.data)
     try:
-        outcome = loop.run(state, so_far)
+        with PeakMemory() as peak:
+            outcome = loop.run(state, so_far)
     finally:
         checkpoints.close()
-    return _finish(folder, outcome, count_parameters(trainable))
+    return _finish(folder, outcome, count_parameters(trainable), peak.mib)
 
 
 def make_preprocessor(backbone: Backbone, method: Method, task: Task, config: TrainConfig) -> Preprocessor:
@@ -231,13 +235,17 @@ def _data_digest(examples: list[Example]) -> str:
     return f"{len(examples)} rows {digest.hexdigest()[:12]}"
 
 
-def _finish(folder: RunFolder, outcome: Outcome, parameters: int) -> Run:
+def _finish(folder: RunFolder, outcome: Outcome, parameters: int, peak_mib: float) -> Run:
     prompt = Prompt.load(folder.prompt) if folder.prompt.exists() else None
-    seconds = outcome.seconds_per_step
-    if outcome.finished and jax.process_index() == 0 and not (seconds is None and folder.result.exists()):
-        progress = outcome.progress
-        result = {"best_step": progress.best_step, "metrics": progress.best_metrics, "seconds_per_step": seconds}
-        write_json(folder.result, {**result, "trainable_parameters": parameters})
-    if seconds is None and folder.result.exists():
-        seconds = json.loads(folder.result.read_text())["seconds_per_step"]
-    return Run(prompt, folder.path, outcome.finished, parameters, seconds)
+    result = {
+        "best_step": outcome.progress.best_step,
+        "metrics": outcome.progress.best_metrics,
+        "trainable_parameters": parameters,
+        "seconds_per_step": outcome.seconds_per_step,
+        "peak_mib": peak_mib,
+    }
+    if outcome.finished and outcome.seconds_per_step is None and folder.result.exists():
+        result = json.loads(folder.result.read_text())  # the run had ended before: this call took no step
+    elif outcome.finished and jax.process_index() == 0:
+        write_json(folder.result, result)
+    return Run(prompt, folder.path, outcome.finished, parameters, result["seconds_per_step"], result["peak_mib"])
