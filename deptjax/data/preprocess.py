@@ -119,8 +119,9 @@ class Preprocessor:
         if cut and not self._warned:
             self._warned = True
             logger.warning(
-                "task '%s': %d of %d rows hold more than max_length=%d source or %d target tokens and were cut",
-                *(self.task.name, cut, len(rows), self.max_length, self.max_target_length),
+                "task '%s': %d of %d rows hold more than max_length=%d tokens%s and were cut",
+                *(self.task.name, cut, len(rows), self.max_length),
+                "" if self.task.labels else f", or max_target_length={self.max_target_length},",
             )
         return examples
 

@@ -131,7 +131,7 @@ def test_cutting_keeps_the_suffix_and_the_target(causal, causal_tokenizer, t5_to
     assert examples[1].target.tolist() == make(tokenizer, causal, max_length=999).encode(long).target.tolist()
     assert made.cut_count == 3
     assert [record.getMessage() for record in caplog.records] == [
-        "task 't': 2 of 3 rows hold more than max_length=24 source or 64 target tokens and were cut"
+        "task 't': 2 of 3 rows hold more than max_length=24 tokens and were cut"
     ]
     # What is served is cut as what was trained on.
     assert made.encode_text(made.task.source_text(LONG)).tolist() == examples[1].source.tolist()
