@@ -1,0 +1,62 @@
+"""What every entry point does first: one line a warning, silence from other libraries, compiled programs kept on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import sys
+import warnings
+
+# Read by C++ code while jax is being loaded, so it is set when this module is imported, not in `prepare`.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+NOISY = ("absl", "jax", "jaxlib", "orbax", "flax", "transformers", "huggingface_hub", "tensorboardX", "urllib3")
+SMALLEST_PROGRAM_SECONDS = 0.5  # of compiling; what compiles faster is not worth a file
+
+
+def prepare(debug: bool = False) -> None:
+    """Sets up logging and the compilation cache of a program. May be called more than once.
+
+    Args:
+      debug: leaves other libraries' warnings and logs as they are.
+    """
+    logger = logging.getLogger("deptjax")
+    if not any(isinstance(handler, _OneLine) for handler in logger.handlers):
+        logger.addHandler(_OneLine())
+    if not debug:
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:  # what the user asked for with -W holds
+            warnings.simplefilter("ignore")
+    keep_compiled_programs()
+
+
+def keep_compiled_programs() -> None:
+    """Turns on jax's compilation cache, in the folder below `cache_folder`, unless one is set already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", SMALLEST_PROGRAM_SECONDS)
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns the folder of what can be made or fetched again: `$DEPTJAX_CACHE`, or `deptjax` in the user's cache."""
+    if own := os.environ.get("DEPTJAX_CACHE"):
+        return pathlib.Path(own).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "deptjax"
+
+
+class _OneLine(logging.Handler):
+    """Writes `deptjax: warning: ...` to standard error, above a progress bar where one is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        text = " ".join(record.getMessage().split())
+        tqdm.write(f"deptjax: {record.levelname.lower()}: {text}", file=sys.stderr)
