@@ -71,6 +71,16 @@ class Backbone:
         total = sum(float(np.sum(np.square(rows.astype(np.float64)))) for rows in self._embedding_rows())
         return math.sqrt(total / math.prod(self.embedding.shape))
 
+    @property
+    def prompt_lr(self) -> float:
+        """A good peak learning rate for a soft prompt, by the scale of the embeddings it stands among.
+
+        The family's `prompt_lr_ratio` times `embedding_rms`, which counts as 1 where it is more: so T5 1.0, whose
+        embeddings are large, has the 0.3 of DePT's authors (arXiv 2309.05173), and a model with small embeddings a
+        rate that does not carry its prompt away from them in a few steps.
+        """
+        return float(self.config.prompt_lr_ratio * min(self.embedding_rms, 1.0))
+
     def _embedding_rows(self) -> Iterator[np.ndarray]:
         """Yields the table a few thousand rows at a time: it is the largest array, and is not to be copied whole."""
         for start in range(0, self.embedding.shape[0], _ROWS):
