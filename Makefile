@@ -60,6 +60,14 @@ clean: ## remove caches and build leftovers
 distclean: clean ## also remove the virtual environments
 	rm -rf $(VENV) .venv-bench
 
+# A .venv that is there is used as it is; asking for another interpreter than its own is a mistake, not a rebuild.
+.PHONY: same-python
+same-python:
+	@if [ "$(origin PYTHON)" != file ] && [ -x $(BIN)/python ]; then \
+	  have=$$($(BIN)/python -c '$(VERSION_OF)'); want=$$("$(PYTHON)" -c '$(VERSION_OF)' 2>/dev/null || echo unknown); \
+	  [ "$$have" = "$$want" ] || { \
+	    echo "make: $(VENV) holds Python $$have and PYTHON=$(PYTHON) is $$want; remove $(VENV), or add VENV=.venv-$$want" >&2; exit 2; }; fi
+
 # One stamp an extra: a second make finds it newer than setup.py and installs nothing.
 define INSTALL
 	@test -f $(@D)/pyvenv.cfg || { \
@@ -71,20 +79,16 @@ define INSTALL
 	  echo "making $(@D) with Python $$version"; \
 	  if command -v uv >/dev/null; then uv venv -q --seed --python "$$(command -v "$(PYTHON)")" $(@D); \
 	  else "$(PYTHON)" -m venv $(@D); fi; }
-	@if [ "$(origin PYTHON)" != file ]; then \
-	  have=$$($(@D)/bin/python -c '$(VERSION_OF)'); want=$$("$(PYTHON)" -c '$(VERSION_OF)' 2>/dev/null || echo unknown); \
-	  [ "$$have" = "$$want" ] || { \
-	    echo "make: $(@D) holds Python $$have and PYTHON=$(PYTHON) is $$want; remove $(@D), or add VENV=.venv-$$want" >&2; exit 2; }; fi
 	@echo "installing deptjax$(1) into $(@D) (some minutes the first time)"
 	@if command -v uv >/dev/null && uv pip install -q --python $(@D)/bin/python -e '.$(1)'; then :; \
 	else $(@D)/bin/python -m pip install -q --disable-pip-version-check --progress-bar off -e '.$(1)'; fi
 	@touch $(@D)/.stamp-base $@
 endef
 
-$(VENV)/.stamp-base: setup.py
+$(VENV)/.stamp-base: setup.py | same-python
 	$(call INSTALL,)
 
-$(VENV)/.stamp-%: setup.py
+$(VENV)/.stamp-%: setup.py | same-python
 	$(call INSTALL,[$*])
 
 .venv-bench/.stamp-torch: setup.py
