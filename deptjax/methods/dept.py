@@ -57,7 +57,7 @@ def rank_for_budget(prompt_length: int, max_length: int, width: int, budget: int
 
 
 def scaling_factor(scaling: str | float, alpha: float, rank: int) -> float:
-    """Returns c: `alpha / sqrt(rank)` for `"alpha/sqrt(rank)"` (the authors' code), 1 for `"none"` (the paper), or itself."""
+    """Returns c: `alpha / sqrt(rank)` (the authors' code) or 1 for `"none"` (the paper), or a number as given."""
     named = {"alpha/sqrt(rank)": alpha / math.sqrt(rank), "none": 1.0}
     if isinstance(scaling, str) and scaling not in named:
         raise UserError(f"scaling '{scaling}' is not known; use 'alpha/sqrt(rank)', 'none' or a number")
@@ -119,7 +119,7 @@ class DePT(InputMethod):
     ) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
         """Returns the prompt (M, D) and the source embeddings with their offsets, in the dtype of `embeds`.
 
-        `positions` is each token's index in its own text; `None` says that column i holds token i (right padding).
+        `positions` is each token's index in its own text, -1 for padding; `None` says that column i holds token i.
         """
         width = embeds.shape[-1]
         rank = self.resolve(width).rank
@@ -130,7 +130,10 @@ class DePT(InputMethod):
             raise UserError(
                 f"a text of {embeds.shape[1]} tokens is longer than max_length {self.max_length}; raise max_length"
             )
-        rows = a[: embeds.shape[1]] if positions is None else a[jnp.clip(positions, 0, self.max_length - 1)]
+        if positions is None:
+            rows = a[: embeds.shape[1]]
+        else:  # an index outside of A gets zeros: no offset for padding, none behind max_length
+            rows = a.at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
         offset = scaling_factor(self.scaling, self.alpha, rank) * (rows @ b)
         return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
 

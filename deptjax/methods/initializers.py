@@ -1,4 +1,4 @@
-"""How a soft prompt starts: from a text, from sampled vocabulary, from the class labels, from another prompt, or random.
+"""How a soft prompt starts: from a text, sampled vocabulary, the class labels, another prompt, or at random.
 
 Lester et al. 2021 (arXiv 2104.08691, section 3.2) compare random, sampled-vocabulary and class-label starts; the
 authors of DePT start from the embeddings of a sentence, repeated and cut to the prompt's length.
@@ -26,7 +26,7 @@ def initial_prompt(start: str, text: str, key: Key, length: int, vocabulary: Voc
 
     Args:
       start: `"text"` (embeddings of `text`, tiled), `"vocab"` (distinct rows among the first 5,000 of the vocabulary),
-        `"labels"` (embeddings of the task's labels, tiled, then sampled vocabulary), `"random"` (uniform, with the
+        `"labels"` (embeddings of the task's labels, then sampled vocabulary), `"random"` (uniform, with the
         root mean square of the embedding table), or the path of a saved prompt folder to start from.
       text: the sentence for `"text"`.
       key: decides what is random; the same key gives the same prompt.
@@ -78,7 +78,8 @@ def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
     path = pathlib.Path(start) / "prompt.safetensors"
     if not path.exists():
         raise UserError(
-            f"prompt_init '{start}' is neither one of {', '.join(KINDS)} nor a saved prompt folder.{nearest(start, KINDS)}"
+            f"prompt_init '{start}' is neither one of {', '.join(KINDS)} nor a saved prompt folder."
+            f"{nearest(start, KINDS)}"
         )
     from safetensors.numpy import load_file
 

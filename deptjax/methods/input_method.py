@@ -30,7 +30,7 @@ class InputMethod(Method, nn.Module):
 
         For use with anybody's model. Text may be padded on either side: a token's place is counted by `mask`.
         """
-        positions = jnp.cumsum(mask, axis=1) - 1
+        positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
         prompt, embeds = self.streams(embeds, positions)
         if prompt is None:
             return embeds, mask
