@@ -1,4 +1,4 @@
-"""The training loop: batches in, parameters out; evaluates, logs, saves, stops cleanly, and goes on where it stopped."""
+"""The training loop: batches in, parameters out; evaluates, logs, saves, stops cleanly, goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar o
 
 
 class StopSignals:
-    """While active, Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C ends it at once."""
+    """While active, Ctrl-C and SIGTERM ask the loop to stop after its step; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -49,12 +49,16 @@ class StopSignals:
 
 @dataclasses.dataclass
 class Progress:
-    """What a checkpoint keeps beside the state: where the data stands, and the best evaluation so far."""
+    """What a checkpoint keeps beside the state: where the data stands, and the best evaluation so far.
+
+    `unlogged` holds the losses since the last line of the log, so that the next line averages what it would have.
+    """
 
     data: dict[str, Any]
     best_step: int = 0
     best_score: float | None = None
     best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    unlogged: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Loop:
         seconds: list[float] = []
         try:
             with StopSignals() as signals, self._make_bar(done) as bar:
-                window = _Window()
+                window = _Window(losses=list(progress.unlogged))
                 while done < self.config.steps and signals.received is None:
                     began = time.perf_counter()
                     state, loss = self._step(state, done, progress, window)
@@ -116,12 +120,12 @@ class Loop:
                         self._evaluate(state, done, progress, bar)
                         window.restart()
                     if self._due(done, self.config.checkpoint_every):
-                        self._checkpoint(state, progress)
+                        self._checkpoint(state, progress, window)
             finished = done == self.config.steps
             if finished and self.evaluate is None:
                 progress.best_step = done
                 self.save_prompt(state.trainable, {})
-            self._checkpoint(state, progress)
+            self._checkpoint(state, progress, window)
             self.checkpoints.wait()
         finally:
             self.folder.close()
@@ -149,8 +153,8 @@ class Loop:
         kept = f"of step {progress.best_step}" if progress.best_score is not None else f"before step {step}"
         rates = ", ".join(f"{name}_lr {float(rate(step - 1)):.3g}" for name, rate in self.rates.items())
         raise UserError(
-            f"the loss is not a finite number at step {step} (learning rates there: {rates}); the prompt {kept} is kept in "
-            f"{self.folder.prompt}; lower the learning rates and use a new workdir"
+            f"the loss is not a finite number at step {step} (learning rates there: {rates}); the prompt {kept} is "
+            f"kept in {self.folder.prompt}; lower the learning rates and use a new workdir"
         )
 
     def _report(self, bar: tqdm, done: int, loss: float, window: _Window, progress: Progress) -> None:
@@ -191,7 +195,8 @@ class Loop:
         if self.bar is not False:
             bar.write(f"step {done}: {told}" + (" (best)" if progress.best_step == done else ""), file=sys.stderr)
 
-    def _checkpoint(self, state: TrainState, progress: Progress) -> None:
+    def _checkpoint(self, state: TrainState, progress: Progress, window: _Window) -> None:
+        progress.unlogged = window.losses[window.logged :]
         progress.data = self.batches.get_state()  # type: ignore[attr-defined]
         self.checkpoints.save(state, dataclasses.asdict(progress))
 

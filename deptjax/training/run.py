@@ -116,7 +116,8 @@ def train(
     frozen = placement.put(frozen)
 
     buckets = choose_buckets([len(e.source) for e in examples], config.buckets, max_length=preprocessor.max_length)
-    dev_buckets = choose_buckets([len(e.source) for e in dev], config.buckets) if dev else ()
+    dev_lengths = [len(e.source) for e in dev]
+    dev_buckets = choose_buckets(dev_lengths, config.buckets, max_length=preprocessor.max_length) if dev else ()
     batches = iter(
         train_batches(
             examples,
@@ -199,7 +200,7 @@ def make_preprocessor(backbone: Backbone, method: Method, task: Task, config: Tr
 
 
 def _label_tokens(preprocessor: Preprocessor, config: TrainConfig) -> jax.Array | None:
-    """Returns the labels' tokens when the loss is over these alone. Raises `UserError` where that was asked but cannot be."""
+    """Returns the labels' tokens when the loss is over these alone. Raises `UserError` where that cannot be."""
     if config.loss == "vocabulary" or (config.loss == "auto" and not preprocessor.labels_are_tokens()):
         return None
     return jnp.asarray(preprocessor.label_tokens())
