@@ -49,7 +49,6 @@ class T5Config:
     family: ClassVar[str] = "t5"
     is_encoder_decoder: ClassVar[bool] = True
     prompt_lr_ratio: ClassVar[float] = 0.3  # see Backbone.prompt_lr
-    prompt_lr_ratio: ClassVar[float] = 0.3  # see Backbone.prompt_lr
 
     vocab_size: int
     width: int
@@ -410,7 +409,7 @@ class T5(nn.Module):
         and that of each stack. Every element is dropped by itself.
         """
         encoded, source_bias = self._encode(source, source_mask, prompt, deterministic)
-        start = jnp.full((targets.shape[0], 1), self.config.decoder_start_token, targets.dtype)
+        start = jnp.full((targets.shape[0], 1), self.config.decoder_start_token, jnp.int32)
         shifted = self.embed(jnp.concatenate([start, targets[:, :-1]], axis=1))
         return self.decoder(shifted, encoded, source_bias, deterministic=deterministic)[0]
 
