@@ -133,7 +133,7 @@ class DePT(InputMethod):
         if positions is None:
             rows = a[: embeds.shape[1]]
         else:  # an index outside of A gets zeros: no offset for padding, none behind max_length
-            rows = a.at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
+            rows = jnp.asarray(a).at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
         offset = scaling_factor(self.scaling, self.alpha, rank) * (rows @ b)
         return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
 

@@ -34,7 +34,7 @@ def initial_prompt(start: str, text: str, key: Key, length: int, vocabulary: Voc
       vocabulary: the frozen embedding table (V, D), the tokenizer and the labels.
 
     Raises:
-      UserError: for an unknown `start`, a text without tokens, no labels, or a prompt of another width.
+      UserError: for an unknown `start`, a text without tokens, no labels, or a damaged prompt or one of another width.
     """
     if start == "text":
         return _tiled(_ids(vocabulary, [text]), length, vocabulary)
@@ -81,9 +81,13 @@ def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
             f"prompt_init '{start}' is neither one of {', '.join(KINDS)} nor a saved prompt folder."
             f"{nearest(start, KINDS)}"
         )
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    saved = load_file(path).get("input/prompt")
+    try:
+        saved = load_file(path).get("input/prompt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     if saved is None:
         raise UserError(f"{path} holds no soft prompt (tensor 'input/prompt'); choose a prompt of a prompt method")
     if saved.shape[1] != vocabulary.embedding.shape[1]:
