@@ -85,9 +85,16 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_length is not None and self.max_length < 1:
-            raise UserError(f"max_length is {self.max_length}; it must be at least 1")
-        for name in ("prompt_lr", "low_rank_lr", "backbone_lr", "clip_norm"):
+        for name in ("max_length", "eval_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        warmups = [f"{group}warmup_steps" for group in ("", "prompt_", "low_rank_", "backbone_")]
+        for name in (*warmups, "eval_every", "weight_decay", "seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"{name} is {value}; it must be 0 or more")
+        for name in ("prompt_lr", "low_rank_lr", "backbone_lr", "clip_norm", "adam_eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}; it must be above 0")

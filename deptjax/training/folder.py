@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from deptjax.checkpoint import disk_errors
@@ -25,7 +26,9 @@ MISSING = "nothing"
 class RunFolder:
     """The files of one run. Raises `UserError` where the folder cannot be written, or belongs to another run."""
 
-    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], config: dict[str, Any], notes: Mapping[str, str] | None = None
+    ) -> None:
         self.path = pathlib.Path(path)
         self._config_file = self.path / "config.json"
         with disk_errors(self.path):
@@ -36,6 +39,9 @@ class RunFolder:
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_json(self._config_file, config)
+            for name, text in (notes or {}).items():
+                if not (self.path / name).exists():
+                    write_text(self.path / name, text)
             probe = self.path / ".writable"
             probe.write_text("")
             probe.unlink()
@@ -86,8 +92,9 @@ class RunFolder:
     def close(self) -> None:
         """Closes the logs."""
         if self._metrics is not None:
-            self._metrics.close()
-            self._writer.close()
+            with disk_errors(self.path):
+                self._metrics.close()
+                self._writer.close()
 
     def _started_by_us(self) -> bool:
         # A run cut off before it wrote its config has at most the temporary file of that config.

@@ -63,11 +63,13 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the state, the progress, whether all steps were done, and the median seconds a step."""
+    """How the loop ended: `finished` when all steps were done; `signal` is the number of the one that stopped it."""
 
     state: TrainState
     progress: Progress
     finished: bool
+    step: int
+    signal: int | None
     seconds_per_step: float | None
 
 
@@ -129,7 +131,8 @@ class Loop:
             self.checkpoints.wait()
         finally:
             self.folder.close()
-        return Outcome(state, progress, finished, statistics.median(seconds) if seconds else None)
+        stopped_by = None if finished else signals.received
+        return Outcome(state, progress, finished, done, stopped_by, statistics.median(seconds) if seconds else None)
 
     def _step(self, state: TrainState, done: int, progress: Progress, window: _Window) -> tuple[TrainState, float]:
         """Returns the state after one update, and its loss: the mean over the batches whose gradients it averages."""

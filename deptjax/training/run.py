@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deptjax.checkpoint import Checkpoints
+from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.data.buckets import choose_buckets
 from deptjax.data.pipeline import train_batches
 from deptjax.data.preprocess import Example, Preprocessor
@@ -45,6 +46,8 @@ class Run:
       prompt: the best prompt on the dev split (the last one where there is no dev split), with its metrics.
       workdir: the run's folder.
       finished: false when a signal stopped the run before its last step; calling `train` again goes on.
+      step: the updates done so far.
+      signal: the number of the signal that stopped the run, `None` when it is finished.
       trainable_parameters: how many numbers were tuned.
       seconds_per_step: median, or `None` when no step was taken.
       peak_mib: peak memory while training (see `PeakMemory`).
@@ -53,6 +56,8 @@ class Run:
     prompt: Prompt | None
     workdir: pathlib.Path
     finished: bool
+    step: int
+    signal: int | None
     trainable_parameters: int
     seconds_per_step: float | None
     peak_mib: float
@@ -66,6 +71,7 @@ def train(
     *,
     progress: bool | None = None,
     placement: Placement | None = None,
+    notes: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Run:
     """Tunes `method` on `backbone` for `task`, and keeps everything in `workdir`.
@@ -80,6 +86,7 @@ def train(
       workdir: a folder of this run's own.
       progress: whether to draw a progress bar; `None` draws one on a terminal, `False` prints nothing at all.
       placement: the devices; by default all there are.
+      notes: texts to put into the folder of a new run, by file name.
       **settings: the fields of `TrainConfig`.
 
     Raises:
@@ -97,7 +104,7 @@ def train(
         raise UserError(f"task '{data.task.name}' has no training rows")
 
     rates = config.learning_rates(model.method.learning_rates(backbone.prompt_lr))
-    folder = RunFolder(workdir, _identity(backbone, model.method, data, config, rates, examples, dev))
+    folder = RunFolder(workdir, _identity(backbone, model.method, data, config, rates, examples, dev), notes)
     key = jax.random.key(config.seed)
     init_key, step_key = jax.random.split(key)
     vocabulary = Vocabulary(backbone.embedding, backbone.tokenizer, data.task.texts)
@@ -154,7 +161,8 @@ def train(
 
     def save_prompt(trainable: Tree, metrics: dict[str, float]) -> None:
         if jax.process_index() == 0:
-            make_prompt(trainable, metrics).save(folder.prompt)
+            with disk_errors(folder.prompt):
+                make_prompt(trainable, metrics).save(folder.prompt)
 
     checkpoints = Checkpoints(folder.checkpoints)
     loss = make_loss(model, _label_tokens(preprocessor, config), dropout=config.dropout)
@@ -248,5 +256,15 @@ def _finish(folder: RunFolder, outcome: Outcome, parameters: int, peak_mib: floa
     if outcome.finished and outcome.seconds_per_step is None and folder.result.exists():
         result = json.loads(folder.result.read_text())  # the run had ended before: this call took no step
     elif outcome.finished and jax.process_index() == 0:
-        write_json(folder.result, result)
-    return Run(prompt, folder.path, outcome.finished, parameters, result["seconds_per_step"], result["peak_mib"])
+        with disk_errors(folder.result):
+            write_json(folder.result, result)
+    return Run(
+        prompt=prompt,
+        workdir=folder.path,
+        finished=outcome.finished,
+        step=outcome.step,
+        signal=outcome.signal,
+        trainable_parameters=parameters,
+        seconds_per_step=result["seconds_per_step"],
+        peak_mib=result["peak_mib"],
+    )
