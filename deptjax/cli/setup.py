@@ -1,4 +1,4 @@
-"""What every entry point does first: one line a warning, silence from other libraries, compiled programs kept on disk."""
+"""What every entry point does first: one line a warning, other libraries silenced, compiled programs kept on disk."""
 
 from __future__ import annotations
 
