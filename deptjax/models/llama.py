@@ -125,7 +125,7 @@ class Context(NamedTuple):
     prompt_rope: tuple[Array, Array] | None = None
     prompt_bias: Array | None = None
     source_bias: Array | None = None
-    step: Array | int | None = None
+    step: Array | int = 0
 
 
 class Attention(nn.Module):
@@ -163,6 +163,7 @@ class Attention(nn.Module):
             return attend(query, shared + past), None, new, cache.prompt
         if prompt is None:
             return attend(query, [Segment(kv, context.bias)]), None, kv, None
+        assert context.prompt_rope is not None
         prompt_query, prompt_kv = qkv(prompt, context.prompt_rope)
         prompt = attend(prompt_query[None], [Segment(prompt_kv, context.prompt_bias)])[0]
         return attend(query, [Segment(prompt_kv), Segment(kv, context.bias)]), prompt, kv, prompt_kv
@@ -202,7 +203,8 @@ class Block(nn.Module):
         )
         fill = layers.residual_fill(self.sites, "attention", c.width)
         x = x + fill(mixed)
-        prompt = None if prompt is None else prompt + fill(mixed_prompt)
+        if prompt is not None and mixed_prompt is not None:
+            prompt = prompt + fill(mixed_prompt)
 
         norm, mlp = layers.RMSNorm(c.norm_eps, name="pre_mlp_norm"), MLP(c, self.sites, name="mlp")
         fill = layers.residual_fill(self.sites, "mlp", c.width)
@@ -222,7 +224,7 @@ class Llama(nn.Module):
         c = self.config
         self.token_embedder = layers.Embedding(c.vocab_size, c.width, c.dtype)
         if c.scan_layers:
-            self.layers = nn.scan(
+            self.layers: Any = nn.scan(
                 Block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
@@ -289,7 +291,7 @@ class Llama(nn.Module):
         return self.final_norm(last), Cache(caches, bias, shared + offset + lengths)
 
     def extend(self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int) -> tuple[Float[Array, "B U D"], Cache]:
-        """Returns the states after appending tokens at step `t` (0 for the first new token), and the cache with them."""
+        """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them."""
         slots = jax.tree.leaves(cache.layers)[-1].shape[-3]
         positions = cache.next_position[:, None] + t + jnp.arange(tokens.shape[1])[None]
         context = Context(
