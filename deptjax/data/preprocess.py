@@ -28,15 +28,14 @@ _CHUNK = 1024  # texts given to the tokenizer at once; fast tokenizers work in p
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
+    """The part of a transformers tokenizer that is used here; it also decodes (`batch_decode`)."""
 
     eos_token_id: Any
+    pad_token_id: Any
+    batch_decode: Any
+    convert_ids_to_tokens: Any
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any: ...
-
-    def decode(self, ids: Any) -> Any: ...
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,15 +6,14 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deptjax.data.buckets import choose_buckets
 from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.data.tasks import Task
+from deptjax.data.templates import Row
 from deptjax.errors import UserError, nearest
 from deptjax.inference.evaluator import Answer, Evaluator
 from deptjax.models.backbone import Backbone
@@ -58,8 +57,8 @@ class Predictor:
         self._backbone, self._batch_size = backbone, batch_size
         self._tasks: dict[str, _Loaded] = {}
         if not isinstance(prompts, Mapping):
-            prompt = prompts if isinstance(prompts, Prompt) else Prompt.load(prompts)
-            prompts = {prompt.task["name"]: prompt}
+            only = prompts if isinstance(prompts, Prompt) else Prompt.load(prompts)
+            prompts = {only.task["name"]: only}
         for name, prompt in prompts.items():
             self._tasks[name] = self._load(name, prompt)
 
@@ -68,34 +67,44 @@ class Predictor:
         """The names under which prompts are loaded."""
         return list(self._tasks)
 
-    def __call__(self, texts: Sequence[str | Mapping[str, object]], task: str | None = None) -> list[Answer]:
+    def __call__(self, texts: Sequence[str | Mapping[str, object] | Row], task: str | None = None) -> list[Answer]:
         """Returns an answer for each text.
 
         Args:
-          texts: bare texts, where the task's template has one column, or objects with its columns.
+          texts: bare texts, where the task's template has one column, or objects with its columns. A mistake is told
+            with the text's number, that in a `Row` with its place.
           task: the name of a loaded prompt; may be left out when there is only one.
 
         Raises:
           UserError: for an unknown task, an empty text, or a missing column.
         """
         loaded = self._loaded(task)
-        sources = [loaded.preprocessor.encode_text(self._source_text(loaded, i, t)) for i, t in enumerate(texts, 1)]
+        cut = loaded.preprocessor.cut_count
+        sources = [self._encode(loaded.preprocessor, number, text) for number, text in enumerate(texts, 1)]
+        if cut == 0 and loaded.preprocessor.cut_count:
+            logger.warning(
+                "texts of more than %d tokens, the prompt's max_length, are cut", loaded.preprocessor.max_length
+            )
         placeholder = np.zeros(1, np.int32)
         examples = [Example(source, placeholder, -1) for source in sources]
         return loaded.evaluator.answers(loaded.trainable, self._frozen(loaded), examples)
 
-    def _source_text(self, loaded: _Loaded, number: int, text: str | Mapping[str, object]) -> str:
+    def _encode(self, preprocessor: Preprocessor, number: int, text: str | Mapping[str, object] | Row) -> np.ndarray:
         try:
-            return loaded.preprocessor.task.source_text(text)
+            return preprocessor.encode_text(preprocessor.task.source_text(text))
         except UserError as error:
-            raise UserError(f"text {number}: {error}") from None
+            place = text.origin if isinstance(text, Row) else f"text {number}"
+            told = str(error)
+            raise UserError(told if told.startswith(place) else f"{place}: {told}") from None
 
     def _loaded(self, task: str | None) -> _Loaded:
         if task is None and len(self._tasks) == 1:
             return next(iter(self._tasks.values()))
         if task not in self._tasks:
             there = ", ".join(self._tasks)
-            raise UserError(f"no prompt is loaded for task '{task}'; there are: {there}.{nearest(str(task), self._tasks)}")
+            raise UserError(
+                f"no prompt is loaded for task '{task}'; there are: {there}.{nearest(str(task), self._tasks)}"
+            )
         return self._tasks[task]
 
     def _frozen(self, loaded: _Loaded) -> Tree:
@@ -143,7 +152,6 @@ def evaluate(
     if split not in ("train", "dev", "test") or not rows:
         raise UserError(f"task '{chosen.name}' has no rows in split '{split}'")
     predictor = Predictor(backbone, {"task": prompt}, batch_size)
-    texts = [dict(row.values) for row in rows]
-    answers = predictor(texts)
+    answers = predictor(rows)
     scores = data.task.score([answer.text for answer in answers], rows)
     return {f"{split}/{name}": value for name, value in scores.items()}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
@@ -137,10 +137,11 @@ class Method:
         return None
 
 
-_METHODS: dict[str, type] = {}
+MethodClass = TypeVar("MethodClass", bound=type[Method])
+_METHODS: dict[str, type[Method]] = {}
 
 
-def register_method(cls: type) -> type:
+def register_method(cls: MethodClass) -> MethodClass:
     """Makes a method known by its `kind` to configs, the command line and saved prompts. A class decorator."""
     _METHODS[cls.kind] = cls
     return cls
@@ -151,7 +152,7 @@ def method_names() -> list[str]:
     return sorted(_METHODS)
 
 
-def method_class(name: str) -> type:
+def method_class(name: str) -> type[Any]:
     """Returns the class registered as `name`. Raises `UserError` for a name that is not known."""
     if name not in _METHODS:
         known = ", ".join(method_names())
@@ -159,7 +160,7 @@ def method_class(name: str) -> type:
     return _METHODS[name]
 
 
-def method_fields(cls: type) -> list[str]:
+def method_fields(cls: type[Any]) -> list[str]:
     """Returns the names of the fields of a method class that a user may set."""
     return [f.name for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
 

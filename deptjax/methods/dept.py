@@ -106,10 +106,14 @@ class DePT(InputMethod):
         self.check_positive("prompt_length", "rank", "max_length", "budget")
         super().__post_init__()
 
+    def rank_at(self, width: int) -> int:
+        """Returns R for embeddings of this width: `rank` if it was given, else what the budget allows."""
+        if self.rank is not None:
+            return self.rank
+        return rank_for_budget(self.prompt_length, self.max_length, width, self.budget)
+
     def resolve(self, width: int) -> DePT:
-        rank = (
-            rank_for_budget(self.prompt_length, self.max_length, width, self.budget) if self.rank is None else self.rank
-        )
+        rank = self.rank_at(width)
         scaling_factor(self.scaling, self.alpha, rank)  # an unknown name is found now, not in the first step
         return self.clone(rank=rank)
 
@@ -122,7 +126,7 @@ class DePT(InputMethod):
         `positions` is each token's index in its own text, -1 for padding; `None` says that column i holds token i.
         """
         width = embeds.shape[-1]
-        rank = self.resolve(width).rank
+        rank = self.rank_at(width)
         prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, width))
         a = self.param("lora_a", uniform_a, (self.max_length, rank))
         b = self.param("lora_b", nn.initializers.zeros, (rank, width))

@@ -118,10 +118,10 @@ class PromptedModel:
         source, mask, prompt = self._source(trainable, frozen, batch["source"], batch["source_mask"])
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         variables = self._variables(trainable, frozen)
-        states = self.module.apply(
+        states = self._apply(
             variables, source, mask, prompt, batch["targets"], dropout_key is None, method="target_states", rngs=rngs
         )
-        return self.module.apply(variables, states, vocab_ids, method="head")
+        return self._apply(variables, states, vocab_ids, method="head")
 
     def start(
         self,
@@ -135,8 +135,8 @@ class PromptedModel:
         """Returns float32 logits (B, V) of the first new token, or (B, C) over `vocab_ids`, and the cache."""
         embeds, mask, prompt = self._source(trainable, frozen, source, source_mask)
         variables = self._variables(trainable, frozen)
-        state, cache = self.module.apply(variables, embeds, mask, prompt, max_new, method="start")
-        return self.module.apply(variables, state, vocab_ids, method="head"), cache
+        state, cache = self._apply(variables, embeds, mask, prompt, max_new, method="start")
+        return self._apply(variables, state, vocab_ids, method="head"), cache
 
     def extend(
         self, trainable: Tree, frozen: Tree, cache: Any, tokens: Int[Array, "B U"], t: Array | int
@@ -146,12 +146,12 @@ class PromptedModel:
         New tokens get neither prompt nor offset: those belong to the source.
         """
         variables = self._variables(trainable, frozen)
-        states, cache = self.module.apply(variables, cache, tokens, t, method="extend")
-        return self.module.apply(variables, states, method="head"), cache
+        states, cache = self._apply(variables, cache, tokens, t, method="extend")
+        return self._apply(variables, states, method="head"), cache
 
     def _source(self, trainable: Tree, frozen: Tree, tokens: Array, mask: Array) -> tuple[Array, Array, Array | None]:
         tokens, mask = left_aligned(tokens, mask)
-        embeds = self.module.apply(self._variables(trainable, frozen), tokens, method="embed")
+        embeds = self._apply(self._variables(trainable, frozen), tokens, method="embed")
         fill = self.method.sites().input
         if fill is None:
             return embeds, mask, None
@@ -159,6 +159,9 @@ class PromptedModel:
         if prompt is not None and prompt.ndim == 2 and not self.share_prompt:
             prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
         return embeds, mask, prompt
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.apply(*args, **kwargs)  # never with mutable collections, so there is one result
 
     def _variables(self, trainable: Tree, frozen: Tree) -> dict[str, Tree]:
         return {"params": merge_trees(frozen, trainable.get("backbone", {}))}

@@ -124,8 +124,12 @@ class TrainConfig:
 
     def learning_rates(self, defaults: dict[str, float]) -> dict[str, float]:
         """Returns the peak learning rate of each group in `defaults`, the user's where one is given."""
-        own = {group: getattr(self, f"{group}_lr", None) for group in defaults}
-        return {group: default if own[group] is None else own[group] for group, default in defaults.items()}
+        rates = dict(defaults)
+        for group in defaults:
+            own: float | None = getattr(self, f"{group}_lr", None)
+            if own is not None:
+                rates[group] = own
+        return rates
 
     def schedules(self, rates: dict[str, float]) -> dict[str, Any]:
         """Returns the learning-rate schedule of each group."""

@@ -246,7 +246,7 @@ def _data_digest(examples: list[Example]) -> str:
 
 def _finish(folder: RunFolder, outcome: Outcome, parameters: int, peak_mib: float) -> Run:
     prompt = Prompt.load(folder.prompt) if folder.prompt.exists() else None
-    result = {
+    result: dict[str, Any] = {
         "best_step": outcome.progress.best_step,
         "metrics": outcome.progress.best_metrics,
         "trainable_parameters": parameters,

@@ -51,7 +51,7 @@ def make_train_step(
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         value, grads = jax.value_and_grad(loss)(state.trainable, frozen, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
