@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from deptjax.cli.fields import FLAG, Field, Given, fields_of
+from deptjax.cli.fields import FLAG, Field, Given, checked, fields_of
 from deptjax.data.sources import FileSource
 from deptjax.data.tasks import Task, task_names
 from deptjax.errors import UserError, nearest
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog,
             description=description,
-            epilog="examples:\n" + examples,
+            epilog="examples:" + examples,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
@@ -171,6 +171,23 @@ def _shown(value: Any) -> str:
     return (
         f'"{value}"' if isinstance(value, str) and " " in value else str(value).lower() if value is None else str(value)
     )
+
+
+def required(options: dict[str, Any], name: str, what: str) -> str:
+    """Returns the value of a flag. Raises `UserError` where it is not given."""
+    if not options.get(name):
+        raise UserError(f"no --{name}; it names {what}")
+    return str(options[name])
+
+
+def whole(options: dict[str, Any], flag: str, default: int) -> int:
+    """Returns a flag's whole number, at least 1."""
+    if flag.replace("-", "_") not in options:
+        return default
+    value = checked(Given(options[flag.replace("-", "_")], f"--{flag}", FLAG), Field(flag, ("int",), default, ""))
+    if value < 1:
+        raise UserError(f"--{flag} is {value}; it must be at least 1")
+    return int(value)
 
 
 def spelled(words: Sequence[str]) -> str:

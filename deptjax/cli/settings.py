@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from deptjax.cli.fields import BINDING, FLAG, Field, Given, checked, fields_of, unescaped
 from deptjax.cli.flags import METHOD, MODEL_FIELDS, spelled
@@ -59,7 +59,7 @@ def model_settings(settings: Settings) -> dict[str, Any]:
 def make_method(settings: Settings) -> Any:
     """Returns the method. Raises `UserError` for a flag or binding that the chosen method does not have."""
     chosen = settings.get(("train", "method"))
-    cls = method_class("dept") if chosen is None else _class_of(chosen)
+    cls: Any = method_class("dept") if chosen is None else _class_of(chosen)
     fields = fields_of(cls, linen=True)
     own = _fields(settings, cls.__name__, fields)
     others = {method_class(kind).__name__ for kind in method_names()} - {cls.__name__}
@@ -86,11 +86,17 @@ def make_config(settings: Settings, method: Any) -> TrainConfig:
             own.setdefault(name, checked(given, fields[name]))
     rates = method.learning_rates(1.0)
     for group in ("prompt", "low_rank", "backbone"):
-        given = settings.get(("TrainConfig", f"{group}_lr"))
-        if given is not None and given.level == FLAG and group not in rates:
+        rate = settings.get(("TrainConfig", f"{group}_lr"))
+        if rate is not None and rate.level == FLAG and group not in rates:
             there = spelled([f"{name}_lr" for name in rates])
-            raise UserError(f"{given.origin}: method '{method.kind}' trains no such parameters; it has {there}")
+            raise UserError(f"{rate.origin}: method '{method.kind}' trains no such parameters; it has {there}")
     return TrainConfig.from_settings(own)
+
+
+def changed_from_default(config: TrainConfig) -> dict[str, Any]:
+    """Returns the fields of a configuration that are not at their defaults, as arguments of `train`."""
+    default = TrainConfig()
+    return {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(default, k)}
 
 
 def make_task(settings: Settings, base: Task | None = None) -> Task:
@@ -138,7 +144,7 @@ class _Kept:
 
     source: Source
     rows: Splits
-    infer_labels = False  # done when they were read
+    infer_labels: ClassVar[bool] = False  # done when they were read
 
     def splits(self, text_of: TextOf) -> Splits:
         return self.rows
@@ -175,7 +181,7 @@ def as_gin(model: Mapping[str, Any], method: Any, task: Task, config: TrainConfi
     return "\n".join(lines) + "\n"
 
 
-def _class_of(given: Given) -> type:
+def _class_of(given: Given) -> Any:
     """Returns the method's class, named by its kind (`"dept"`) or in gin also as `@DePT`."""
     if isinstance(given.value, Reference):
         classes = {method_class(kind).__name__: method_class(kind) for kind in method_names()}

@@ -27,6 +27,7 @@ def prepare(debug: bool = False) -> None:
     logger = logging.getLogger("deptjax")
     if not any(isinstance(handler, _OneLine) for handler in logger.handlers):
         logger.addHandler(_OneLine())
+        logger.propagate = False  # absl gives the root a handler of its own, which would say everything once more
     if not debug:
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -39,7 +40,7 @@ def keep_compiled_programs() -> None:
     """Turns on jax's compilation cache, in the folder below `cache_folder`, unless one is set already."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SMALLEST_PROGRAM_SECONDS)

@@ -1,0 +1,46 @@
+"""`deptjax`: the console command. It knows the names of the commands, and loads the one that is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from deptjax.cli.entry import run_command
+from deptjax.errors import UserError, nearest
+from deptjax.version import __version__
+
+COMMANDS = {
+    "train": "tune a prompt (DePT, prompt tuning, LoRA, or the whole model) on a task",
+    "evaluate": "score a tuned prompt on a split of a task",
+    "predict": "answer texts with a tuned prompt",
+}
+
+
+def usage() -> str:
+    """Returns the text of `deptjax --help`."""
+    told = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: deptjax COMMAND [FLAGS]\n\nTunes prompts for frozen T5 and LLaMA-family models.\n\ncommands:\n"
+        f"{told}\n\n  --version  say which version this is\n"
+        "  --help     this text; deptjax COMMAND --help tells the flags"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first word names. Returns the exit status (see `deptjax.cli.entry`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        command = importlib.import_module(f"deptjax.cli.{words[0]}").main
+        return int(command(words[1:]))
+    return run_command(_no_command, words)
+
+
+def _no_command(words: list[str]) -> int:
+    if words and words[0] in ("--version", "-V"):
+        print(f"deptjax {__version__}")
+        return 0
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0 if words else 2
+    raise UserError(f"there is no command '{words[0]}'; there are {', '.join(COMMANDS)}.{nearest(words[0], COMMANDS)}")
