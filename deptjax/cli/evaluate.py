@@ -34,7 +34,10 @@ def _evaluate(words: list[str]) -> int:
     from deptjax.prompt import Prompt
 
     parser = flags.Parser(
-        "deptjax evaluate", "Score a tuned prompt on a split of its task, or of another one.", EXAMPLES
+        "deptjax evaluate",
+        "--prompt DIR [FLAGS]",
+        "Score a tuned prompt on a split of its task, or of another one.",
+        EXAMPLES,
     )
     group = parser.add_argument_group("what")
     group.add_argument("--prompt", metavar="DIR", help="a saved prompt: the folder prompt of a run")
@@ -68,6 +71,7 @@ def _evaluate(words: list[str]) -> int:
     if task.source is None:
         raise UserError("the prompt's task keeps no data; name --test-file FILE, or --task NAME")
     _, task = settings.loaded_once(task)
+    prompt = dataclasses.replace(prompt, task=task.to_config())  # another template or other labels, where given
     backbone = backbone_of(prompt, given)
     scores = evaluate(backbone, prompt, task, split=split, batch_size=flags.whole(options, "batch-size", 32))
     scores = {name.replace(f"{split}/", f"{shown}/", 1): value for name, value in scores.items()}

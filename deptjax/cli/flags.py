@@ -50,15 +50,15 @@ _TASK_FLAGS = {
 class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are `UserError`s; it takes `--a_flag` for `--a-flag`, and guesses no shortened one."""
 
-    def __init__(self, prog: str, description: str, examples: str, **settings: Any) -> None:
+    def __init__(self, prog: str, usage: str, description: str, examples: str) -> None:
         super().__init__(
             prog,
+            usage=f"{prog} {usage}",
             description=description,
             epilog="examples:" + examples,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
-            **settings,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -156,7 +156,9 @@ def given_by_flags(options: dict[str, Any], parser: Parser) -> dict[tuple[str, s
 def _add(group: Any, flag: str, field: Field, told: str, dest: str) -> None:
     told = told.replace("%", "%%")
     if "bool" in field.kinds:
-        group.add_argument(f"--{flag}", dest=dest, action="store_const", const="true", help=told)
+        group.add_argument(
+            f"--{flag}", dest=dest, action="store_const", const="true", help=f"{told}; --no-{flag} turns it off"
+        )
         group.add_argument(f"--no-{flag}", dest=dest, action="store_const", const="false", help=argparse.SUPPRESS)
     else:
         metavar = {"int": "N", "float": "X"}.get(field.kinds[0], "TEXT")

@@ -49,7 +49,9 @@ def _predict(words: list[str]) -> int:
     from deptjax.inference.predictor import Predictor
     from deptjax.prompt import Prompt
 
-    parser = flags.Parser("deptjax predict", "Answer texts with a tuned prompt.", EXAMPLES)
+    parser = flags.Parser(
+        "deptjax predict", "--prompt DIR [INPUT] [FLAGS]", "Answer texts with a tuned prompt.", EXAMPLES
+    )
     group = parser.add_argument_group("what")
     group.add_argument("--prompt", metavar="DIR", help="a saved prompt: the folder prompt of a run")
     group.add_argument(

@@ -30,10 +30,14 @@ def _train(words: list[str]) -> int:
     prepare()
     from deptjax.cli import flags, settings
     from deptjax.errors import UserError
-    from deptjax.interop.load import load_backbone
     from deptjax.training.run import train
 
-    parser = flags.Parser("deptjax train", "Tune a prompt (or LoRA, or everything) for a frozen model.", EXAMPLES)
+    parser = flags.Parser(
+        "deptjax train",
+        "--model MODEL --task TASK --workdir DIR [FLAGS]",
+        "Tune a prompt (or LoRA, or everything) for a frozen model.",
+        EXAMPLES,
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--workdir", dest="train.workdir", metavar="DIR", help="the run's own folder")
     group.add_argument("--gin-file", action="append", metavar="FILE", help="settings; may be given more than once")
@@ -58,6 +62,8 @@ def _train(words: list[str]) -> int:
     settings.check_workdir(workdir)
     data, task = settings.loaded_once(settings.make_task(given))
     notes = {"config.gin": settings.as_gin(model, method, data.task, config)}
+    from deptjax.interop.load import load_backbone
+
     backbone = load_backbone(**model)
     changed = settings.changed_from_default(config)
     run = train(backbone, method, task, workdir, progress=False if "quiet" in options else None, notes=notes, **changed)

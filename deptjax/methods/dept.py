@@ -88,7 +88,8 @@ class DePT(InputMethod):
       alpha: used by `scaling="alpha/sqrt(rank)"`.
       scaling: `"alpha/sqrt(rank)"` (the authors' code), `"none"` (the paper's formula, 1), or a number.
       budget: trainable parameters when `rank` is `None`; `None` means 100 * D, those of a vanilla soft prompt.
-      prompt_init, prompt_text: see `initializers.initial_prompt`.
+      prompt_init: text, vocab, labels, random, or a saved prompt's folder; see `initializers.initial_prompt`.
+      prompt_text: the text that the prompt starts from, with `prompt_init="text"`.
     """
 
     kind = "dept"

@@ -21,7 +21,8 @@ class PromptTuning(InputMethod):
 
     Attributes:
       prompt_length: M.
-      prompt_init, prompt_text: see `initializers.initial_prompt`.
+      prompt_init: text, vocab, labels, random, or a saved prompt's folder; see `initializers.initial_prompt`.
+      prompt_text: the text that the prompt starts from, with `prompt_init="text"`.
     """
 
     kind = "prompt_tuning"

@@ -26,7 +26,9 @@ class TrainConfig:
       prompt_schedule, low_rank_schedule, backbone_schedule: for one group; `None` means `schedule`.
       warmup_steps: linear rise; `None` means 500, or 6 % of a shorter run.
       prompt_warmup_steps, low_rank_warmup_steps, backbone_warmup_steps: for one group; `None` means `warmup_steps`.
-      clip_norm, weight_decay, adam_eps: see `make_optimizer`.
+      clip_norm: the norm of all gradients together is clipped to this.
+      weight_decay: decoupled, as in AdamW.
+      adam_eps: AdamW's epsilon.
       loss: `labels` (over the labels' tokens alone), `vocabulary`, or `auto`: `labels` where every label is one token.
       evaluation: `labels` (by likelihood), `generate` (greedy text), or `auto`: `labels` where the task has labels.
       max_length: longest source in tokens; `None` means the method's `max_length`, or 256.
@@ -35,10 +37,10 @@ class TrainConfig:
       buckets: how many source lengths batches are padded to, at most; each is one more program to compile.
       eval_every: steps between evaluations on the dev split; 0 for none.
       eval_examples: dev examples looked at; `None` for all.
-      eval_batch_size: rows.
+      eval_batch_size: rows a batch in evaluation.
       checkpoint_every: steps between checkpoints.
       log_every: steps between lines of `metrics.jsonl`.
-      share_prompt: see `PromptedModel`.
+      share_prompt: on a causal backbone, compute what belongs to the prompt once a batch; see `PromptedModel`.
       seed: of everything random: initial values, order of the data, dropout.
     """
 
