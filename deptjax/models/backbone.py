@@ -61,7 +61,7 @@ class Backbone:
         """
         digest = hashlib.sha256()
         for rows in self._embedding_rows():
-            digest.update(np.ascontiguousarray(rows.astype(ml_dtypes.bfloat16)).view(np.uint8))
+            digest.update(np.ascontiguousarray(rows.astype(ml_dtypes.bfloat16)).view(np.uint8).data)
         fields = {"family": self.config.family, **_flatten(dataclasses.asdict(self.config))}
         return {**fields, "embedding": digest.hexdigest()[:16]}
 

@@ -1,0 +1,122 @@
+"""Which stored tensor fills which leaf: Hugging Face's names against the parameter trees of ARCHITECTURE.md.
+
+Torch stores a projection as (out, in), the trees hold kernels as (in, out); T5's relative bias is stored as
+(buckets, N) and held as (N, buckets). Everything else is equal as it stands. The tables read both ways: they import
+checkpoints, and a tuned tree can be written back with them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+Path = tuple[str, ...]
+
+# Stored by old versions, never read: rotary frequencies are a function of the config, and the first cross-attention
+# of some T5 files carries a relative bias that T5 does not use.
+HARMLESS_TENSORS = re.compile(
+    r"(model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight)"
+)
+
+
+class Entry(NamedTuple):
+    """One leaf: its `path` in the unrolled tree, the tensor `name` that fills it, and that tensor's stored `shape`.
+
+    `transpose`: the leaf is the tensor transposed. `copies`: tensors that may be present and must then hold the same
+    values. `instead`: the tensor to take when `name` is absent.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    transpose: bool = False
+    copies: tuple[str, ...] = ()
+    instead: str | None = None
+
+
+def entries(config: Any) -> list[Entry]:
+    """Returns the entry of every leaf of the backbone that `config` describes."""
+    return llama_entries(config) if config.family == "llama" else t5_entries(config)
+
+
+def llama_entries(config: Any) -> list[Entry]:
+    """Returns the entries of a `LlamaConfig`, with the names of transformers' `LlamaForCausalLM`."""
+    width, mlp = config.width, config.mlp_dim
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    embed = (config.vocab_size, width)
+    tied = ("lm_head.weight",) if config.tied else ()
+    out = [Entry(("token_embedder", "embedding"), "model.embed_tokens.weight", embed, copies=tied)]
+    for i in range(config.num_layers):
+        layer, name = f"layers_{i}", f"model.layers.{i}."
+        attention, dense = (layer, "attention"), (layer, "mlp")
+        out += [
+            Entry((layer, "pre_attention_norm", "scale"), name + "input_layernorm.weight", (width,)),
+            _kernel((*attention, "query"), name + "self_attn.q_proj.weight", width, queries),
+            _kernel((*attention, "key"), name + "self_attn.k_proj.weight", width, keys),
+            _kernel((*attention, "value"), name + "self_attn.v_proj.weight", width, keys),
+            _kernel((*attention, "out"), name + "self_attn.o_proj.weight", queries, width),
+            Entry((layer, "pre_mlp_norm", "scale"), name + "post_attention_layernorm.weight", (width,)),
+            _kernel((*dense, "gate"), name + "mlp.gate_proj.weight", width, mlp),
+            _kernel((*dense, "up"), name + "mlp.up_proj.weight", width, mlp),
+            _kernel((*dense, "down"), name + "mlp.down_proj.weight", mlp, width),
+        ]
+    out.append(Entry(("final_norm", "scale"), "model.norm.weight", (width,)))
+    if not config.tied:
+        out.append(_kernel(("logits_dense",), "lm_head.weight", width, config.vocab_size))
+    return out
+
+
+def t5_entries(config: Any) -> list[Entry]:
+    """Returns the entries of a `T5Config`, with the names of transformers' `T5ForConditionalGeneration`."""
+    width = config.width
+    copies: tuple[str, ...] = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    if config.tied:
+        copies += ("lm_head.weight",)
+    embed = (config.vocab_size, width)
+    # Files written by some versions hold the shared table under one of its other names alone.
+    out = [Entry(("token_embedder", "embedding"), "shared.weight", embed, copies=copies, instead=copies[0])]
+    out += _t5_stack(config, "encoder", config.num_encoder_layers)
+    out += _t5_stack(config, "decoder", config.num_decoder_layers)
+    if not config.tied:
+        # Without scaled logits but without a head of its own, a model uses the embedding table as it stands.
+        head = _kernel(("decoder", "logits_dense"), "lm_head.weight", width, config.vocab_size)
+        out.append(head._replace(instead="shared.weight"))
+    return out
+
+
+def _t5_stack(config: Any, stack: str, layers: int) -> list[Entry]:
+    width, inner, mlp = config.width, config.num_heads * config.head_dim, config.mlp_dim
+    decoder = stack == "decoder"
+    bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    shape = (config.relative_buckets, config.num_heads)
+    out = [Entry((stack, "relpos_bias", "rel_embedding"), bias, shape, transpose=True)]
+    for i in range(layers):
+        layer, name = (stack, f"layers_{i}"), f"{stack}.block.{i}.layer."
+        self_norm = "pre_self_attention_layer_norm" if decoder else "pre_attention_layer_norm"
+        out.append(Entry((*layer, self_norm, "scale"), name + "0.layer_norm.weight", (width,)))
+        own = "self_attention" if decoder else "attention"
+        out += _t5_attention((*layer, own), name + "0.SelfAttention", width, inner)
+        if decoder:
+            cross = (*layer, "pre_cross_attention_layer_norm", "scale")
+            out.append(Entry(cross, name + "1.layer_norm.weight", (width,)))
+            out += _t5_attention((*layer, "encoder_decoder_attention"), name + "1.EncDecAttention", width, inner)
+        name += "2." if decoder else "1."
+        out.append(Entry((*layer, "pre_mlp_layer_norm", "scale"), name + "layer_norm.weight", (width,)))
+        for wi in ("wi_0", "wi_1") if config.gated else ("wi",):
+            out.append(_kernel((*layer, "mlp", wi), f"{name}DenseReluDense.{wi}.weight", width, mlp))
+        out.append(_kernel((*layer, "mlp", "wo"), f"{name}DenseReluDense.wo.weight", mlp, width))
+    out.append(Entry((stack, f"{stack}_norm", "scale"), f"{stack}.final_layer_norm.weight", (width,)))
+    return out
+
+
+def _t5_attention(path: Path, name: str, width: int, inner: int) -> list[Entry]:
+    into = [
+        _kernel((*path, leaf), f"{name}.{letter}.weight", width, inner)
+        for leaf, letter in (("query", "q"), ("key", "k"), ("value", "v"))
+    ]
+    return [*into, _kernel((*path, "out"), f"{name}.o.weight", inner, width)]
+
+
+def _kernel(path: Path, name: str, features_in: int, features_out: int) -> Entry:
+    return Entry((*path, "kernel"), name, (features_out, features_in), transpose=True)

