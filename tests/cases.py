@@ -1,0 +1,130 @@
+"""What many tests share: each method on each tiny backbone, and batches to run them on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PromptTuning
+from deptjax.models.backbone import Backbone
+from deptjax.models.prompted import PromptedModel
+from deptjax.testing import tiny_llama, tiny_t5
+from deptjax.training.optim import make_optimizer
+from deptjax.training.state import TrainState
+from deptjax.training.step import make_loss, make_train_step
+from deptjax.typing import Tree
+
+MAX_LENGTH = 13
+METHODS: dict[str, Method] = {
+    "dept": DePT(prompt_length=5, rank=3, max_length=MAX_LENGTH, prompt_init="vocab"),
+    "prompt_tuning": PromptTuning(prompt_length=5, prompt_init="vocab"),
+    "lora": LoRA(rank=3),
+    "full": FullFineTuning(),
+}
+BACKBONES: dict[str, Callable[..., Backbone]] = {"llama": tiny_llama, "t5": tiny_t5}
+RATES = {"prompt": 0.1, "low_rank": 0.01, "backbone": 1e-3}
+
+
+@functools.cache
+def backbone_of(name: str, scan: bool = False) -> Backbone:
+    """Returns a tiny backbone of a family; the same one at each call."""
+    return BACKBONES[name](scan_layers=scan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method on a backbone: the model, its first parameters, and the same moved away from where they start."""
+
+    backbone: Backbone
+    model: PromptedModel
+    trainable: Tree
+    frozen: Tree
+
+    @functools.cached_property
+    def moved(self) -> Tree:
+        """Parameters as they may be after training: nothing is at its special first value."""
+        random = np.random.default_rng(3)
+        return jax.tree.map(
+            lambda p: p + 0.1 * jnp.asarray(random.standard_normal(p.shape), p.dtype) * (jnp.std(p) + 0.3),
+            self.trainable,
+        )
+
+    @functools.cached_property
+    def logits(self) -> Callable[..., jax.Array]:
+        """The model's `target_logits`, jitted."""
+        return jax.jit(self.model.target_logits)
+
+    @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        """A training step over the whole vocabulary, without dropout."""
+        return make_train_step(make_loss(self.model), self.tx)
+
+    @functools.cached_property
+    def tx(self) -> Any:
+        """AdamW at constant rates."""
+        groups = self.model.method.groups(self.trainable)
+        used = {name: (lambda step, rate=RATES[name]: rate) for name in set(jax.tree.leaves(groups))}
+        return make_optimizer(used, groups)
+
+    def state(self) -> TrainState:
+        """A fresh state at the first parameters; a copy, since a step takes the memory of its state."""
+        return TrainState.create(jax.tree.map(jnp.copy, self.trainable), self.tx, jax.random.key(5))
+
+
+def make_case(backbone: Backbone, method: Method, **fields: Any) -> Case:
+    """Returns the case of any method on any backbone."""
+    model = PromptedModel.build(backbone, method, **fields)
+    return Case(backbone, model, *model.init(jax.random.key(1), backbone.params, backbone.vocabulary()))
+
+
+@functools.cache
+def case_of(backbone: str, method: str, scan: bool = False) -> Case:
+    """Returns a case by the names of its parts; the same one at each call, so that what it compiles is shared."""
+    return make_case(backbone_of(backbone, scan), METHODS[method])
+
+
+def rows_of(lengths: Sequence[int], seed: int = 0, vocab: int = 50) -> list[np.ndarray]:
+    """Returns token ids of texts of these lengths, none of them a special token."""
+    random = np.random.default_rng([seed, *lengths])
+    return [random.integers(3, vocab, length).astype(np.int32) for length in lengths]
+
+
+def padded(rows: Sequence[np.ndarray], length: int, side: str = "right") -> tuple[jax.Array, jax.Array]:
+    """Returns ids (B, length) with 0 where there is no text, and their mask."""
+    ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, at], mask[i, at] = row, True
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+def batch_of(
+    sources: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    source_length: int,
+    target_length: int,
+    side: str = "right",
+) -> dict[str, jax.Array]:
+    """Returns a batch as ARCHITECTURE.md has it."""
+    source, source_mask = padded(sources, source_length, side)
+    ids, mask = padded(targets, target_length)
+    rows = len(sources)
+    return {
+        "source": source,
+        "source_mask": source_mask,
+        "targets": ids,
+        "target_mask": mask,
+        "label": jnp.full(rows, -1, jnp.int32),
+        "weight": jnp.ones(rows),
+    }
+
+
+def some_batch(seed: int = 0) -> dict[str, jax.Array]:
+    """Returns three rows of several lengths, T = 7 and U = 3."""
+    return batch_of(rows_of((7, 3, 5), seed), rows_of((2, 3, 1), seed + 100), 7, 3)
