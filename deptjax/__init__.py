@@ -1,1 +1,56 @@
-"""Prompt tuning of frozen T5 and LLaMA-family models in JAX."""
+"""deptjax tunes prompts for frozen T5 and LLaMA-family models in JAX, and uses them.
+
+```python
+backbone = deptjax.load_backbone("t5-base")
+run = deptjax.train(backbone, deptjax.DePT(prompt_length=40), task="sms_spam", workdir="runs/sms_spam")
+predict = deptjax.Predictor(backbone, run.prompt)
+predict(["You have won a prize ! Call now"])
+```
+"""
+
+# Backbones
+from deptjax.interop.load import load_backbone
+from deptjax.models.backbone import Backbone
+
+# Methods
+from deptjax.methods import DePT, FullFineTuning, LoRA, PromptTuning, ZeroShot
+
+# Tasks
+from deptjax.data.sources import FileSource, MemorySource
+from deptjax.data.tasks import Task, get_task, register_task, task_names
+
+# Runs
+from deptjax.training.config import TrainConfig
+from deptjax.training.run import Run, train
+
+# Use
+from deptjax.inference.predictor import Predictor, evaluate
+from deptjax.prompt import Prompt
+
+# Errors and version
+from deptjax.errors import UserError
+from deptjax.version import __version__
+
+__all__ = [
+    "Backbone",
+    "DePT",
+    "FileSource",
+    "FullFineTuning",
+    "LoRA",
+    "MemorySource",
+    "Predictor",
+    "Prompt",
+    "PromptTuning",
+    "Run",
+    "Task",
+    "TrainConfig",
+    "UserError",
+    "ZeroShot",
+    "__version__",
+    "evaluate",
+    "get_task",
+    "load_backbone",
+    "register_task",
+    "task_names",
+    "train",
+]
