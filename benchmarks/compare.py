@@ -1,0 +1,264 @@
+"""Compares deptjax with torch + HF peft on one machine, in one run, both taking their steps in turn.
+
+    python benchmarks/compare.py                                 # everything, about a quarter of an hour on two cores
+    python benchmarks/compare.py --sections shared --steps 3     # a part of it
+    python benchmarks/compare.py --resume                        # goes on where a run was interrupted
+    python benchmarks/compare.py --table --write-readme README.md    # from the results of the last run, no measurement
+
+README.md beside this file says what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+if not __package__:  # run as a script
+    sys.path[0] = str(ROOT)
+
+from benchmarks import cases, report  # noqa: E402
+from benchmarks.worker import Worker, WorkerError  # noqa: E402
+from deptjax.errors import UserError, nearest  # noqa: E402
+
+Record = dict[str, Any]
+DEFAULT_OUTPUT = ROOT / "benchmarks" / "results.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, keeps the results, prints the table. Returns the exit status: 1 for a failure, 2 for a mistake."""
+    options = parse(argv)
+    try:
+        if options.table:
+            results = load(options.output)
+            failed: list[str] = []
+        else:
+            results, failed = measure(options)
+        text = report.markdown(results)
+        if options.write_readme is not None:
+            report.write_between_markers(options.write_readme, text)
+        print(text)
+    except UserError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; what was measured is in {options.output}. Go on with --resume.", file=sys.stderr)
+        return 130
+    for contest in failed:
+        print(f"compare: not measured: {contest}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Returns the options of a command line."""
+    parser = argparse.ArgumentParser("compare.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sections", default=",".join(cases.SECTIONS), help="some of: %(default)s")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only contests whose name holds TEXT, as 't5-small'")
+    parser.add_argument(
+        "--steps", type=int, help="timed steps of each side in train, short and shared (default 5 to 9)"
+    )
+    parser.add_argument("--threads", type=int, default=available_threads(), help="of each side (default %(default)s)")
+    parser.add_argument("--scan", action="store_true", help="scan deptjax's layers: compiles sooner, may step slower")
+    parser.add_argument("--quick", action="store_true", help="tiny models, to see that it works; no real numbers")
+    parser.add_argument("--resume", action="store_true", help="keep what --output already holds under equal settings")
+    parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT, help="JSON (default %(default)s)")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of --output")
+    parser.add_argument("--write-readme", type=pathlib.Path, metavar="FILE", help="also put the table into this file")
+    return parser.parse_args(argv)
+
+
+def available_threads() -> int:
+    """Returns the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load(path: pathlib.Path) -> Record:
+    """Returns the results in a file. Raises `UserError` when there are none."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; measure first, or name another --output")
+    try:
+        results = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it and measure again") from error
+    if results.get("format") != report.FORMAT:
+        raise UserError(f"{path} is not of format {report.FORMAT}; remove it and measure again")
+    return results
+
+
+def save(path: pathlib.Path, results: Record) -> None:
+    """Writes the results whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
+
+
+def measure(options: argparse.Namespace) -> tuple[Record, list[str]]:
+    """Runs the contests that are asked for. Returns all results, and what went wrong in contests that failed."""
+    sections = tuple(options.sections.split(","))
+    for section in sections:
+        if section not in cases.SECTIONS:
+            known = ", ".join(cases.SECTIONS)
+            raise UserError(f"--sections: '{section}' is not one of {known}.{nearest(section, cases.SECTIONS)}")
+    for name in ("steps", "threads"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    if options.threads > available_threads():
+        raise UserError(f"--threads is {options.threads}, and {available_threads()} processors are available; lower it")
+    todo = cases.contests(sections, quick=options.quick, steps=options.steps)
+    todo = [cases.with_scan(contest) for contest in todo] if options.scan else todo
+    todo = [contest for contest in todo if options.only in contest.key]
+    if not todo:
+        raise UserError(f"--only: no contest of {', '.join(sections)} has '{options.only}' in its name")
+    settings = {"quick": options.quick, "threads": options.threads, "scan": options.scan}
+    results: Record = {"format": report.FORMAT, "settings": settings, "machine": machine(), "versions": {}}
+    results["contests"] = {}
+    if options.resume and options.output.exists():
+        found = load(options.output)
+        if found["settings"] != settings:
+            raise UserError(f"{options.output} was measured with {found['settings']}, not {settings}; drop --resume")
+        results = found
+    kept = {c.key for c in todo if is_of(results["contests"].get(c.key), c)}
+    if kept:
+        say(f"kept from {options.output}: {len(kept)} of {len(todo)} contests")
+    todo = [contest for contest in todo if contest.key not in kept]
+    failed = []
+    clock = Clock(todo)
+    for number, contest in enumerate(todo, 1):
+        head = f"[{number}/{len(todo)}] {contest.key}"
+        try:
+            record = run(contest, options.threads, lambda what, head=head: say(f"{head}: {what}{clock.left()}"))
+        except WorkerError as error:
+            failed.append(f"{contest.key}: {error}")
+            record = {"section": contest.section, "title": contest.title, "error": str(error)}
+        for entrant in record.get("entrants", ()):
+            results["versions"].update(entrant.pop("versions"))
+        results["contests"][contest.key] = record
+        clock.done(contest)
+        save(options.output, results)
+    say(f"measured in {clock.elapsed() / 60:.1f} minutes; the numbers of every step are in {options.output}")
+    return results, failed
+
+
+def is_of(record: Record | None, contest: cases.Contest) -> bool:
+    """Returns whether a record holds the results of exactly this contest."""
+    if record is None or "error" in record:
+        return False
+    specs = [entrant["spec"] for entrant in record["entrants"]]
+    return record["rounds"] == contest.rounds and specs == [dataclasses.asdict(e) for e in contest.entrants]
+
+
+def run(contest: cases.Contest, threads: int, tell: Any) -> Record:
+    """Returns the record of one contest: every step's seconds and loss, memory, trainable parameters.
+
+    All entrants are built first, together; then each is compiled and warmed up alone; then they take steps in turn.
+    Raises `WorkerError` when one of them fails, when a loss is not finite, or when two sides of one method do not
+    train the same number of parameters.
+    """
+    tell("building")
+    workers = [Worker(entrant, threads) for entrant in contest.entrants]
+    try:
+        for worker in workers:
+            worker.send("build", entrant=dataclasses.asdict(worker.entrant), threads=threads)
+        records = [
+            {"name": worker.entrant.name, "spec": dataclasses.asdict(worker.entrant), **worker.answer()}
+            for worker in workers
+        ]
+        check_parameters(records)
+        for worker, record in zip(workers, records, strict=True):
+            tell(f"compiling {worker.entrant.name}")
+            record.update(worker.ask("warm"))
+            record.update(worker.ask("reset"))
+            record.update(seconds=[], losses=[], others=[], rows=0)
+        for number in range(1, contest.rounds + 1):
+            tell(f"steps {number}/{contest.rounds}")
+            for worker, record in zip(workers, records, strict=True):
+                answer = worker.ask("step")
+                if not math.isfinite(answer["loss"]):
+                    raise WorkerError(f"{worker.entrant.name}: the loss is {answer['loss']}")
+                record["seconds"].append(round(answer["seconds"], 5))
+                record["others"].append(round(answer["others"], 3))
+                record["losses"].append(round(answer["loss"], 5))
+                record["rows"] += answer["rows"]
+        for worker, record in zip(workers, records, strict=True):
+            record.update(worker.ask("peak"))
+    finally:
+        for worker in workers:
+            worker.close()
+    return {
+        "section": contest.section,
+        "title": contest.title,
+        "rounds": contest.rounds,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "entrants": records,
+    }
+
+
+def check_parameters(records: list[Record]) -> None:
+    """Raises `WorkerError` when entrants with the same method train different numbers of parameters."""
+    counts: dict[str, int] = {}
+    for record in records:
+        method = record["spec"]["method"]
+        if counts.setdefault(method, record["parameters"]) != record["parameters"]:
+            raise WorkerError(f"{method} trains {counts[method]} parameters on one side and {record['parameters']}")
+
+
+def machine() -> Record:
+    """Returns what the numbers depend on: processor, cores, memory, system, Python."""
+    cpu = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+class Clock:
+    """How long is left, from the contests done and a guess of how the others compare with them."""
+
+    def __init__(self, contests: list[cases.Contest]):
+        self._left, self._done, self._began = sum(contest.weight for contest in contests), 0.0, time.perf_counter()
+
+    def done(self, contest: cases.Contest) -> None:
+        """Counts a contest."""
+        self._left -= contest.weight
+        self._done += contest.weight
+
+    def elapsed(self) -> float:
+        """Returns seconds since the start."""
+        return time.perf_counter() - self._began
+
+    def left(self) -> str:
+        """Returns `" (about 3 min left)"`, or nothing before the first contest is done."""
+        if not self._done:
+            return ""
+        minutes = self.elapsed() * self._left / self._done / 60
+        return f" (about {max(math.ceil(minutes), 1)} min left)"
+
+
+def say(text: str) -> None:
+    """Prints a line of progress to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

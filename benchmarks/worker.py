@@ -1,0 +1,217 @@
+"""A worker: one side with one method in a process of its own, told over a pipe when to take a step.
+
+    python -m benchmarks.worker deptjax < commands > answers
+
+Commands and answers are lines of JSON. Between commands the worker blocks on its pipe, so none of its threads runs
+while another worker is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Protocol
+
+from benchmarks.cases import Entrant
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_STATUS = pathlib.Path("/proc/self/status")
+_CLEAR = pathlib.Path("/proc/self/clear_refs")
+_STAT = pathlib.Path("/proc/stat")
+
+
+class WorkerError(RuntimeError):
+    """A worker ended without an answer; the message has the last lines of what it wrote to stderr."""
+
+
+class Runner(Protocol):
+    """One side's implementation: built, warmed up, then stepped."""
+
+    def warm(self) -> dict[str, float]:
+        """Compiles and takes the first steps. Returns `compile_s`, seconds (0 where nothing is compiled)."""
+
+    def step(self) -> tuple[float, int]:
+        """Takes a step, over all its batches. Returns the last loss, when it is known, and the rows trained on."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns `parameters` (trainable scalars) and `versions` of the libraries."""
+
+
+class Worker:
+    """The leader's end: starts the process and asks it."""
+
+    def __init__(self, entrant: Entrant, threads: int):
+        self.entrant = entrant
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "NPROC": str(threads),  # the size of XLA's thread pool
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", entrant.side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the leader's
+        )
+
+    def send(self, command: str, **fields: Any) -> None:
+        """Sends a command without waiting for the answer."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": command, **fields}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerError(self._last_words()) from error
+
+    def answer(self) -> dict[str, Any]:
+        """Returns the answer to the last command. Raises `WorkerError` when the worker has ended."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerError(self._last_words())
+        return json.loads(line)
+
+    def ask(self, command: str, **fields: Any) -> dict[str, Any]:
+        """Sends a command and returns its answer."""
+        self.send(command, **fields)
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        self._log.seek(0)
+        lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        said = lines[-1].strip() if lines else "it wrote nothing"
+        hint = " (killed: too little memory?)" if status == -9 else ""
+        return f"{self.entrant.name} on {self.entrant.model} ended with status {status}{hint}: {said}"
+
+
+def reset_peak() -> bool:
+    """Resets the kernel's high-water mark of this process's memory; returns whether that was possible.
+
+    What is free is given back to the system first, so that a peak is of the steps to come and not of the start.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def memory_mib(field: str) -> float:
+    """Returns `VmHWM` (the peak) or `VmRSS` (now) of this process in MiB; the peak since the start where not Linux."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def pin(threads: int) -> None:
+    """Keeps this process on the first `threads` processors it may use, where the system can do that."""
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, allowed[:threads])
+
+
+class OtherWork:
+    """How much of the machine others used while the `with` block ran: `share`, of all processors, 0 where not Linux.
+
+    Work of other processes and time that a virtual machine did not get make a comparison worth less.
+    """
+
+    share: float = 0.0
+
+    def __enter__(self) -> OtherWork:
+        self._busy, self._own, self._began = _busy_seconds(), time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        own, wall = time.process_time() - self._own, time.perf_counter() - self._began
+        others = _busy_seconds() - self._busy - own
+        self.share = max(0.0, others / (wall * (os.cpu_count() or 1)))
+
+
+def _busy_seconds() -> float:
+    if not _STAT.exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, _STAT.read_text().split(None, 9)[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def make_runner(side: str, entrant: Entrant, threads: int) -> Runner:
+    """Returns a side's runner; only that side's libraries are imported."""
+    if side == "torch":
+        from benchmarks.torch_side import TorchRunner
+
+        return TorchRunner(entrant, threads)
+    from benchmarks.jax_side import JaxRunner
+
+    return JaxRunner(entrant)
+
+
+def serve(side: str) -> None:
+    """Answers commands from stdin until it is closed.
+
+    `build` (fields `entrant`, `threads`) answers with `describe()` and the memory then in use; `warm` with the seconds
+    of compiling and of the first step; `reset` with whether the peak could be reset; `step` with `seconds`, `loss`,
+    `rows` and the share of the machine that others used; `peak` with `peak_mib`.
+    """
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    runner: Runner | None = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        began = time.perf_counter()
+        if command["do"] == "build":
+            pin(command["threads"])
+            runner = make_runner(side, Entrant(**command["entrant"]), command["threads"])
+            answer = {**runner.describe(), "build_s": time.perf_counter() - began, "built_mib": memory_mib("VmRSS")}
+        elif command["do"] == "reset":
+            answer = {"peak_is_of_steps": reset_peak()}
+        elif command["do"] == "peak":
+            answer = {"peak_mib": memory_mib("VmHWM")}
+        else:
+            assert runner is not None
+            if command["do"] == "warm":
+                answer = dict(runner.warm())
+                answer["first_s"] = time.perf_counter() - began - answer["compile_s"]
+            else:
+                with OtherWork() as others:
+                    began = time.perf_counter()
+                    loss, rows = runner.step()
+                    seconds = time.perf_counter() - began
+                answer = {"seconds": seconds, "loss": loss, "rows": rows, "others": others.share}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
