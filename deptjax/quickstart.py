@@ -1,6 +1,6 @@
 """The first thing to run: DePT on a frozen SmolLM2-135M, learning to classify questions, on a CPU in minutes.
 
-    make quickstart                          # or: python -m deptjax.quickstart --steps 160
+    make quickstart                          # or: python -m deptjax.quickstart --steps 200
     make quickstart STEPS=320 COMPARE=1      # longer, with prompt tuning and LoRA beside it
 
 Model and data come out of two packages (see `deptjax.interop.packaged`): SmolLM2-135M-Instruct and TREC question
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -74,7 +75,7 @@ class Row:
 def main(argv: list[str] | None = None) -> None:
     """Runs the quickstart. Exits with status 2 and one line for a user's mistake."""
     parser = argparse.ArgumentParser("deptjax.quickstart", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=160, help="training steps (default 160)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
     parser.add_argument("--compare", action="store_true", help="also tune prompt tuning and LoRA, as many steps each")
     parser.add_argument(
         "--workdir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"), help="where all is kept"
@@ -190,7 +191,8 @@ def show_use(backbone: Backbone, run: Run) -> None:
         print(f"  {question:52s} -> {answer.text} ({100 * answer.scores[answer.text]:.0f} %)")
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"\nThe prompt is in {folder} ({size / 1024:.0f} KiB). On your own text:")
-    print(f'  echo "Where is the Nile ?" | {pathlib.Path(sys.executable).parent / "deptjax"} predict --prompt {folder}')
+    command = os.path.relpath(pathlib.Path(sys.executable).parent / "deptjax")
+    print(f'  echo "Where is the Nile ?" | {command} predict --prompt {folder}')
 
 
 if __name__ == "__main__":
