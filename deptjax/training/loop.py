@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import statistics
 import sys
@@ -144,21 +145,36 @@ class Loop:
             losses.append(metrics)
         values = jax.device_get(losses)
         if not all(value["finite"] for value in values):
-            self._stop_at_nan(state, done + 1, progress)
+            loss_is_finite = all(math.isfinite(value["loss"]) for value in values)
+            self._stop_at_nan(state, done + 1, progress, good=loss_is_finite)
         window.losses.append(sum(float(value["loss"]) for value in values) / len(values))
         window.grad_norm = float(values[-1]["grad_norm"])
         return state, window.losses[-1]
 
-    def _stop_at_nan(self, state: TrainState, step: int, progress: Progress) -> None:
-        # The step that met a NaN changed no parameter, so what the state holds is good.
-        if progress.best_score is None:
-            self.save_prompt(state.trainable, {})
-        kept = f"of step {progress.best_step}" if progress.best_score is not None else f"before step {step}"
+    def _stop_at_nan(self, state: TrainState, step: int, progress: Progress, good: bool) -> None:
+        """Raises `UserError`, having saved a good prompt where none was yet.
+
+        The step that met a NaN changed no parameter; `good` says that their loss is finite, and only a gradient is not.
+        """
         rates = ", ".join(f"{name}_lr {float(rate(step - 1)):.3g}" for name, rate in self.rates.items())
+        kept = f"of step {progress.best_step}" if progress.best_score is not None else self._rescue(state, step, good)
+        told = f"the prompt {kept} is kept in {self.folder.prompt}" if kept else "no good prompt was there to be kept"
         raise UserError(
-            f"the loss is not a finite number at step {step} (learning rates there: {rates}); the prompt {kept} is "
-            f"kept in {self.folder.prompt}; lower the learning rates and use a new workdir"
+            f"the loss is not a finite number at step {step} (learning rates there: {rates}); {told}; "
+            "lower the learning rates and use a new workdir"
         )
+
+    def _rescue(self, state: TrainState, step: int, good: bool) -> str | None:
+        """Saves the parameters before `step`, or of the checkpoint, and returns which; `None` if neither is good."""
+        if good:
+            self.save_prompt(state.trainable, {})
+            return f"before step {step}"
+        self.checkpoints.wait()
+        saved = self.checkpoints.latest
+        if saved is None or saved // self.config.accumulate >= step - 1:  # of that one, this step has shown the loss
+            return None
+        self.save_prompt(self.checkpoints.restore(state)[0].trainable, {})
+        return f"of step {saved // self.config.accumulate}"
 
     def _report(self, bar: tqdm, done: int, loss: float, window: _Window, progress: Progress) -> None:
         speed = window.rows / max(time.perf_counter() - window.began, 1e-9)
@@ -189,7 +205,8 @@ class Loop:
         metrics = self.evaluate(state.trainable)
         bar.set_description("training")
         score = next(iter(metrics.values()))
-        if progress.best_score is None or score > progress.best_score:
+        # Not a number: the model's own numbers are not finite. That is never the best, not even as the first.
+        if not math.isnan(score) and (progress.best_score is None or score > progress.best_score):
             progress.best_step, progress.best_score, progress.best_metrics = done, score, metrics
             self.save_prompt(state.trainable, metrics)
         if jax.process_index() == 0:

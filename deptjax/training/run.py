@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -157,6 +158,8 @@ def train(
     def evaluate(trainable: Tree) -> dict[str, float]:
         answers = evaluator.answers(trainable, frozen, dev)
         scores = data.task.score([answer.text for answer in answers], dev_rows)
+        if any(math.isnan(value) for answer in answers for value in (answer.scores or {}).values()):
+            scores = dict.fromkeys(scores, math.nan)  # a parameter has blown up: what was answered means nothing
         return {f"dev/{name}": score for name, score in scores.items()}
 
     def save_prompt(trainable: Tree, metrics: dict[str, float]) -> None:
