@@ -84,6 +84,7 @@ class disk_errors:  # noqa: N801 - a context manager, used like a function
             errno.EACCES,
             errno.EROFS,
             errno.EPERM,
+            errno.ENOENT,  # what /proc says of a new folder
             errno.ENOTDIR,
             errno.EEXIST,
         ):

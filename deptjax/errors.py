@@ -19,8 +19,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     >>> nearest("prompt_lenght", ["prompt_length", "rank"])
     " Did you mean 'prompt_length'?"
+    >>> nearest("dept", ["LoRA", "DePT"])
+    " Did you mean 'DePT'?"
     >>> nearest("zzz", ["prompt_length"])
     ''
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    by_lower = {word.lower(): word for word in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" Did you mean '{by_lower[close[0]]}'?" if close else ""

@@ -71,9 +71,7 @@ class Prompt:
         fresh.mkdir(parents=True)
         tensors = {k: np.ascontiguousarray(v) for k, v in _flatten(self.trainable).items()}
         save_file(tensors, fresh / TENSORS)
-        run_id = self.run_id or _digest(
-            tensors, method_to_config(self.method), self.fingerprint, self.task, self.settings
-        )
+        run_id = _digest(tensors, method_to_config(self.method), self.fingerprint, self.task, self.settings)
         card = {
             "format": 1,
             "run_id": run_id,
@@ -100,10 +98,11 @@ class Prompt:
             if not (folder / name).is_file():
                 raise UserError(f"{folder} is not a saved prompt: it has no {name}")
         try:
-            card = json.loads((folder / CARD).read_text())
+            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSORS)
             prompt = cls(
                 method=method_from_config(card["method"]),
-                trainable=_unflatten(load_file(folder / TENSORS)),
+                trainable=_unflatten(tensors),
                 backbone=card["backbone"]["name"],
                 fingerprint=card["backbone"]["fingerprint"],
                 task=card["task"],
@@ -117,6 +116,15 @@ class Prompt:
             raise UserError(f"{folder / CARD} has no field {error}; it was not written by deptjax") from error
         except SafetensorError as error:
             raise UserError(f"{folder / TENSORS} is damaged: {error}") from error
+        except UserError as error:
+            raise UserError(f"{folder / CARD}: {error}") from error
+        except (TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / CARD} was not written by deptjax, or is damaged: {error}") from error
+        if prompt.run_id != _digest(tensors, card["method"], prompt.fingerprint, prompt.task, prompt.settings):
+            raise UserError(
+                f"{folder / TENSORS} and {CARD} do not belong together: one of them was changed or damaged since they "
+                f"were written as run_id {prompt.run_id}; take a copy that is whole"
+            )
         return prompt
 
 

@@ -72,7 +72,7 @@ def _evaluate(words: list[str]) -> int:
         raise UserError("the prompt's task keeps no data; name --test-file FILE, or --task NAME")
     _, task = settings.loaded_once(task)
     prompt = dataclasses.replace(prompt, task=task.to_config())  # another template or other labels, where given
-    backbone = backbone_of(prompt, given)
+    backbone = backbone_of(prompt, options["prompt"], given)
     scores = evaluate(backbone, prompt, task, split=split, batch_size=flags.whole(options, "batch-size", 32))
     scores = {name.replace(f"{split}/", f"{shown}/", 1): value for name, value in scores.items()}
     if "json" in options:

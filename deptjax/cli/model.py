@@ -8,16 +8,19 @@ from deptjax.models.backbone import Backbone
 from deptjax.prompt import Prompt
 
 
-def backbone_of(prompt: Prompt, settings: Settings) -> Backbone:
-    """Returns the backbone to use a prompt with. Raises `UserError` where the prompt's own cannot be loaded."""
+def backbone_of(prompt: Prompt, place: str, settings: Settings) -> Backbone:
+    """Returns the backbone to use a prompt with.
+
+    Raises `UserError`, naming the prompt's `place`, where its backbone cannot be loaded, or another one is named.
+    """
     from deptjax.interop.load import load_backbone
 
     model = model_settings(settings)
-    if "name_or_path" in model:
-        return load_backbone(**model)
     try:
-        return load_backbone(**{**model, "name_or_path": prompt.backbone})
+        backbone = load_backbone(**{"name_or_path": prompt.backbone, **model})
     except UserError as error:
-        raise UserError(
-            f"the prompt was tuned on '{prompt.backbone}'; name its place with --model ({error})"
-        ) from error
+        if "name_or_path" in model:
+            raise
+        raise UserError(f"{place} was tuned on '{prompt.backbone}'; name its place with --model ({error})") from error
+    prompt.check_backbone(backbone, place)
+    return backbone

@@ -77,7 +77,8 @@ def _predict(words: list[str]) -> int:
     _check_output(options)
     # A file is read twice: a mistake in its last line should not cost the work on those before.
     total = sum(1 for row in lines.rows() if task.source_text(row)) if lines.twice else None
-    predictor = Predictor(backbone_of(prompt, flags.given_by_flags(options, parser)), prompt, batch_size=batch_size)
+    backbone = backbone_of(prompt, options["prompt"], flags.given_by_flags(options, parser))
+    predictor = Predictor(backbone, prompt, batch_size=batch_size)
     rows = lines.rows()
     first = next(rows, None)
     if first is None:

@@ -105,7 +105,6 @@ def train(
         raise UserError(f"task '{data.task.name}' has no training rows")
 
     rates = config.learning_rates(model.method.learning_rates(backbone.prompt_lr))
-    folder = RunFolder(workdir, _identity(backbone, model.method, data, config, rates, examples, dev), notes)
     key = jax.random.key(config.seed)
     init_key, step_key = jax.random.split(key)
     vocabulary = Vocabulary(backbone.embedding, backbone.tokenizer, data.task.texts)
@@ -167,8 +166,10 @@ def train(
             with disk_errors(folder.prompt):
                 make_prompt(trainable, metrics).save(folder.prompt)
 
-    checkpoints = Checkpoints(folder.checkpoints)
     loss = make_loss(model, _label_tokens(preprocessor, config), dropout=config.dropout)
+    # Only now is a file written: what cannot be trained leaves no folder behind.
+    folder = RunFolder(workdir, _identity(backbone, model.method, data, config, rates, examples, dev), notes)
+    checkpoints = Checkpoints(folder.checkpoints)
     loop = Loop(
         config=config,
         folder=folder,
