@@ -62,8 +62,8 @@ def _resolve(wanted: list[Entry], source: TensorSource) -> list[Entry]:
         known.update((entry.name, *entry.copies))
         name = entry.name
         if name not in there and entry.instead is not None:
-            # The stand-in may be known by one of its own other names; a head falls back on the shared table.
-            name = next((n for n in (entry.instead, found[0].name) if n in there), name)
+            # The stand-in may itself be stored under another name: that of the first entry, the table, by then.
+            name = next((n for n in (entry.instead, *(e.name for e in found[:1])) if n in there), name)
         if name not in there:
             where = source.where(name)
             raise UserError(f"{where}: tensor '{name}' is missing; the config and the weights do not belong together")

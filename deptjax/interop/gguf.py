@@ -268,7 +268,7 @@ def _with_rope_scaling(config: LlamaConfig, file: GGUFFile, get: Any) -> LlamaCo
     if factors is None:
         return config
     # Llama 3.1's rule is stored as its result. All released models share its bounds; the largest factor is the factor.
-    scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", float(factors.max())))
+    scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", round(float(factors.max()), 3)))
     found = np.asarray(rope_frequencies(dataclasses.replace(config, rope_scaling=None))) / factors
     if kind == "linear" or not np.allclose(found, np.asarray(rope_frequencies(scaled)), rtol=1e-4, atol=0):
         raise UserError(

@@ -69,7 +69,7 @@ def _locate(name_or_path: str | Path, revision: str | None) -> Path:
         path = packaged.model(name)
     else:
         path = Path(name).expanduser()
-        if not path.exists():
+        if not name or not path.exists():
             looks_local = isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
             if looks_local or not name or name.endswith((".gguf", ".safetensors")):
                 raise UserError(f"'{name}': there is no such file or folder; check the path")

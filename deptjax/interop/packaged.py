@@ -120,8 +120,7 @@ def tokenizer_folder(name: str) -> Path:
             folder.mkdir()
             for member in archive.namelist():
                 file = Path(member).name
-                # A T5 config beside a tokenizer is only that of a text encoder.
-                if member.startswith(inside) and file and file != "config.json":
+                if member.startswith(inside) and file:
                     (folder / file).write_bytes(archive.read(member))
             try:
                 folder.rename(target)

@@ -184,8 +184,8 @@ class SafetensorsFolder:
         return self._files[name].shape(name)
 
     def where(self, name: str) -> str:
-        """Returns the file that holds a tensor, for messages."""
-        return str(self._files[name].path)
+        """Returns the file that holds a tensor, or the folder where none does, for messages."""
+        return str(self._files[name].path if name in self._files else self.folder)
 
     def blocks(self, name: str) -> Any:
         """Yields `(start, rows)` slices of a tensor along axis 0, as `SafetensorsFile.blocks` does."""
