@@ -212,6 +212,8 @@ class Preprocessor:
         return [ids if bare else [*ids, self._eos] for ids in self._label_pieces]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:  # of which some tokenizers make an error
+            return []
         return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]]
 
     def _source_ids(self, texts: list[str]) -> list[list[int]]:
