@@ -16,12 +16,13 @@ from deptjax.typing import Array, Tree
 
 WORDS = tuple(
     "a an the this that is was are of to and in it not very film story plot actor scene ending good bad great awful "
-    "fine dull bright sad happy yes no positive negative one two three four five red green blue : ? . , label text".split()
+    "fine dull bright sad happy yes no positive negative one two three four five red green blue : ? . , label "
+    "text".split()
 )
 
 
 def tiny_tokenizer(words: tuple[str, ...] = WORDS) -> Any:
-    """Returns a transformers tokenizer of whole words: `<pad>` 0, `</s>` 1, `<unk>` 2, then `words`. No space is a token."""
+    """Returns a transformers tokenizer of whole words: `<pad>` 0, `</s>` 1, `<unk>` 2, then `words`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +33,7 @@ def tiny_tokenizer(words: tuple[str, ...] = WORDS) -> Any:
 
 
 def random_params(config: Any, seed: int = 0, scale: float = 1.0) -> Tree:
-    """Returns a random tree for a backbone's config, float32: kernels N(0, scale / fan-in), norms near 1, the rest N(0, 1)."""
+    """Returns a random float32 tree for a config: kernels N(0, scale / fan-in), norms near 1, the rest N(0, 1)."""
     tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
 
     def forward(module: Any) -> Array:

@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Raises `UserError`, where argparse would print its usage and exit."""
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse(self, words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:

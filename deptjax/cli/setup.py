@@ -30,7 +30,8 @@ def prepare(debug: bool = False) -> None:
         logger.propagate = False  # absl gives the root a handler of its own, which would say everything once more
     if not debug:
         for name in NOISY:
-            logging.getLogger(name).setLevel(logging.ERROR)
+            # Not even their errors: each comes back as an exception, which is told in one line.
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         if not sys.warnoptions:  # what the user asked for with -W holds
             warnings.simplefilter("ignore")
     keep_compiled_programs()

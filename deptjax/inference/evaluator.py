@@ -27,7 +27,7 @@ class Answer:
 
 
 class Evaluator:
-    """Runs a model over examples, a batch at a time, in the order of their length; answers come back in their own order.
+    """Runs a model over examples, a batch at a time, in order of length; answers come back in the examples' order.
 
     Args:
       model: a `PromptedModel`.

@@ -38,9 +38,10 @@ class _Loaded:
 class Predictor:
     """Answers with tuned prompts on one frozen backbone.
 
-    >>> predict = Predictor(backbone, "runs/trec/prompt")  # doctest: +SKIP
-    >>> predict(["How far is it to the moon ?"])  # doctest: +SKIP
-    [Answer(text='number', scores={'description': 0.01, ...})]
+    ```python
+    predict = Predictor(backbone, "runs/trec/prompt")
+    predict(["How far is it to the moon ?"])  # [Answer(text='number', scores={'description': 0.01, ...})]
+    ```
 
     Args:
       backbone: from `load_backbone`; a prompt that was tuned on another one is refused.

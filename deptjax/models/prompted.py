@@ -113,7 +113,7 @@ class PromptedModel:
     ) -> Float[Array, "B U V"]:
         """Returns float32 logits at the target positions alone: (B, U, V), or (B, U, C) over `vocab_ids`.
 
-        `batch` has `source`, `source_mask` (B, T) and `targets` (B, U). With a `dropout_key` the backbone's dropout is on.
+        `batch` has `source`, `source_mask` (B, T) and `targets` (B, U). With a `dropout_key` the backbone drops out.
         """
         source, mask, prompt = self._source(trainable, frozen, batch["source"], batch["source_mask"])
         rngs = {} if dropout_key is None else {"dropout": dropout_key}

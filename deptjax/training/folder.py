@@ -10,6 +10,7 @@ result.json       written when the run has ended
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from typing import Any
 from deptjax.checkpoint import disk_errors
 from deptjax.errors import UserError
 from deptjax.prompt import recover_folder
+from deptjax.training.tensorboard import EventFile
 
 MISSING = "nothing"
 
@@ -46,8 +48,8 @@ class RunFolder:
             probe.write_text("")
             probe.unlink()
         recover_folder(self.prompt)
-        self._writer: Any = None
         self._metrics: Any = None
+        self._events: EventFile | None = None
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -66,23 +68,21 @@ class RunFolder:
 
     def open_logs(self, step: int) -> None:
         """Opens the logs at `step`; lines of later steps, which a resumed run writes again, are dropped."""
-        from tensorboardX import SummaryWriter
-
         file = self.path / "metrics.jsonl"
         with disk_errors(file):
             if file.exists():
                 kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
                 write_text(file, "".join(line + "\n" for line in kept))
             self._metrics = file.open("a")
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+            self._events = EventFile(self.path / "tensorboard", step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of numbers."""
         with disk_errors(self.path):
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            assert self._events is not None
+            self._events.write(step, values)
 
     def history(self) -> list[dict[str, float]]:
         """Returns the lines of `metrics.jsonl`."""
@@ -91,10 +91,10 @@ class RunFolder:
 
     def close(self) -> None:
         """Closes the logs."""
-        if self._metrics is not None:
-            with disk_errors(self.path):
-                self._metrics.close()
-                self._writer.close()
+        with disk_errors(self.path), contextlib.ExitStack() as stack:
+            for file in (self._metrics, self._events):
+                if file is not None:
+                    stack.callback(file.close)
 
     def _started_by_us(self) -> bool:
         # A run cut off before it wrote its config has at most the temporary file of that config.
