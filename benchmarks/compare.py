@@ -1,6 +1,6 @@
 """Compares deptjax with torch + HF peft on one machine, in one run, both taking their steps in turn.
 
-    python benchmarks/compare.py                                 # everything, about a quarter of an hour on two cores
+    python benchmarks/compare.py                                 # everything, about 25 minutes on two cores
     python benchmarks/compare.py --sections shared --steps 3     # a part of it
     python benchmarks/compare.py --resume                        # goes on where a run was interrupted
     python benchmarks/compare.py --table --write-readme README.md    # from the results of the last run, no measurement
@@ -178,7 +178,7 @@ def run(contest: cases.Contest, threads: int, tell: Any) -> Record:
             tell(f"compiling {worker.entrant.name}")
             record.update(worker.ask("warm"))
             record.update(worker.ask("reset"))
-            record.update(seconds=[], losses=[], others=[], rows=0)
+            record.update(seconds=[], cpu_seconds=[], losses=[], others=[], rows=0)
         for number in range(1, contest.rounds + 1):
             tell(f"steps {number}/{contest.rounds}")
             for worker, record in zip(workers, records, strict=True):
@@ -186,6 +186,7 @@ def run(contest: cases.Contest, threads: int, tell: Any) -> Record:
                 if not math.isfinite(answer["loss"]):
                     raise WorkerError(f"{worker.entrant.name}: the loss is {answer['loss']}")
                 record["seconds"].append(round(answer["seconds"], 5))
+                record["cpu_seconds"].append(round(answer["cpu"], 5))
                 record["others"].append(round(answer["others"], 3))
                 record["losses"].append(round(answer["loss"], 5))
                 record["rows"] += answer["rows"]

@@ -141,20 +141,22 @@ def pin(threads: int) -> None:
 
 
 class OtherWork:
-    """How much of the machine others used while the `with` block ran: `share`, of all processors, 0 where not Linux.
+    """What the machine did while the `with` block ran.
 
+    `share` of all processors was used by others (0 where not Linux), `own` seconds of processors by this process.
     Work of other processes and time that a virtual machine did not get make a comparison worth less.
     """
 
     share: float = 0.0
+    own: float = 0.0
 
     def __enter__(self) -> OtherWork:
-        self._busy, self._own, self._began = _busy_seconds(), time.process_time(), time.perf_counter()
+        self._busy, self._cpu, self._began = _busy_seconds(), time.process_time(), time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
-        own, wall = time.process_time() - self._own, time.perf_counter() - self._began
-        others = _busy_seconds() - self._busy - own
+        self.own, wall = time.process_time() - self._cpu, time.perf_counter() - self._began
+        others = _busy_seconds() - self._busy - self.own
         self.share = max(0.0, others / (wall * (os.cpu_count() or 1)))
 
 
@@ -180,8 +182,8 @@ def serve(side: str) -> None:
     """Answers commands from stdin until it is closed.
 
     `build` (fields `entrant`, `threads`) answers with `describe()` and the memory then in use; `warm` with the seconds
-    of compiling and of the first step; `reset` with whether the peak could be reset; `step` with `seconds`, `loss`,
-    `rows` and the share of the machine that others used; `peak` with `peak_mib`.
+    of compiling and of the first step; `reset` with whether the peak could be reset; `step` with `seconds`, `cpu`
+    seconds, `loss`, `rows` and the share of the machine that `others` used; `peak` with `peak_mib`.
     """
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
@@ -208,7 +210,7 @@ def serve(side: str) -> None:
                     began = time.perf_counter()
                     loss, rows = runner.step()
                     seconds = time.perf_counter() - began
-                answer = {"seconds": seconds, "loss": loss, "rows": rows, "others": others.share}
+                answer = {"seconds": seconds, "loss": loss, "rows": rows, "others": others.share, "cpu": others.own}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
