@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
+import pathlib
 from typing import Any
 
 import jax
@@ -88,3 +92,86 @@ def tiny_t5(seed: int = 0, **fields: Any) -> Backbone:
     )
     config = dataclasses.replace(config, **fields)
     return Backbone("tiny-t5", config, random_params(config, seed), tokenizer)
+
+
+def save_hf_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes a backbone as a Hugging Face folder, which `load_backbone` and transformers read, and returns the folder.
+
+    The folder holds `config.json`, `model.safetensors` in the dtype of the parameters, and the tokenizer's files.
+    Tied and scanned layouts are written as Hugging Face has them: one tensor a layer, a tied head left out.
+    Raises `ValueError` for a config that Hugging Face's format has no words for.
+    """
+    from safetensors.numpy import save_file
+
+    from deptjax.interop.names import entries
+
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for entry in entries(backbone.config):
+        leaf = _leaf(backbone.params, entry.path)
+        tensors[entry.name] = np.ascontiguousarray(leaf.T if entry.transpose else leaf)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_hf_config(backbone.config), indent=2) + "\n")
+    backbone.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _leaf(params: Tree, path: tuple[str, ...]) -> np.ndarray:
+    """Returns the leaf at `path` of the unrolled tree, whether or not the layers are stacked."""
+    layer = next((part for part in path if part.startswith("layers_")), None)
+    stack = params[path[0]] if layer and path[0] != layer else params
+    if layer is None or layer in stack:
+        return np.asarray(functools.reduce(lambda tree, key: tree[key], path, params))
+    stacked = functools.reduce(lambda tree, key: tree["layers" if key == layer else key], path, params)
+    return np.asarray(stacked[int(layer.removeprefix("layers_"))])
+
+
+def _hf_config(config: Any) -> dict[str, Any]:
+    """Returns the fields of `config.json`; `deptjax.interop.huggingface` reads them back to an equal config."""
+    if config.family == "t5":
+        if config.gated and config.activation == "gelu":
+            raise ValueError("Hugging Face has no name for a T5 gated by the exact GELU: its gated-gelu is gelu_new")
+        gate = "gated-" if config.gated else ""
+        return {
+            "model_type": "t5",
+            "is_encoder_decoder": True,
+            "vocab_size": config.vocab_size,
+            "d_model": config.width,
+            "d_kv": config.head_dim,
+            "d_ff": config.mlp_dim,
+            "num_layers": config.num_encoder_layers,
+            "num_decoder_layers": config.num_decoder_layers,
+            "num_heads": config.num_heads,
+            "relative_attention_num_buckets": config.relative_buckets,
+            "relative_attention_max_distance": config.relative_max_distance,
+            "feed_forward_proj": gate + ("gelu" if gate and config.activation == "gelu_new" else config.activation),
+            "dropout_rate": config.dropout_rate,
+            "layer_norm_epsilon": config.norm_eps,
+            "tie_word_embeddings": config.tied,
+            "decoder_start_token_id": config.decoder_start_token,
+        }
+    fields = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied,
+    }
+    if config.rope_scaling is not None:
+        rope = config.rope_scaling
+        fields["rope_scaling"] = {"rope_type": rope.kind, "factor": rope.factor}
+        if rope.kind == "llama3":
+            fields["rope_scaling"] |= {
+                "low_freq_factor": rope.low_freq_factor,
+                "high_freq_factor": rope.high_freq_factor,
+                "original_max_position_embeddings": rope.original_max_positions,
+            }
+    return fields
