@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from deptjax.errors import UserError
 from deptjax.methods.base import Method
 
 
@@ -12,3 +13,6 @@ class ZeroShot(Method):
     """Fills no site and has no parameters: its `trainable` is `{}`. It can be evaluated, not trained or saved."""
 
     kind = "zero_shot"
+
+    def learning_rates(self, prompt_lr: float) -> dict[str, float]:
+        raise UserError("zero_shot has no parameters to train; choose another method, or evaluate without training")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from deptjax.errors import UserError, nearest
@@ -98,8 +99,8 @@ class TrainConfig:
                 raise UserError(f"{name} is {value}; it must be 0 or more")
         for name in ("prompt_lr", "low_rank_lr", "backbone_lr", "clip_norm", "adam_eps"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} is {value}; it must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}; it must be above 0, and finite")
         choices = {
             "schedule": SCHEDULES,
             "loss": LOSSES,

@@ -108,8 +108,14 @@ class RunFolder:
         new = _flat(json.loads(json.dumps(config)))
         different = sorted(k for k in {**old, **new} if old.get(k, MISSING) != new.get(k, MISSING))
         if different:
-            told = "; ".join(f"{k} was {old.get(k, MISSING)}, is now {new.get(k, MISSING)}" for k in different)
+            told = "; ".join(f"{k} was {_shown(old, k)}, is now {_shown(new, k)}" for k in different)
             raise UserError(f"{self.path} holds a run with another configuration ({told}); choose another workdir")
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    """Returns a value of a config in one line."""
+    value = values.get(name, MISSING)
+    return repr(value) if isinstance(value, str) and "\n" in value else str(value)
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -86,6 +86,7 @@ def test_a_warmup_of_zero_is_none_at_all() -> None:
         ("warmup_steps", -1, "warmup_steps is -1"),
         ("max_length", 0, "max_length is 0"),
         ("prompt_lr", 0.0, "prompt_lr is 0.0; it must be above 0"),
+        ("prompt_lr", math.inf, "prompt_lr is inf; it must be above 0, and finite"),
         ("low_rank_lr", -1.0, "low_rank_lr is -1.0"),
         ("clip_norm", math.nan, "clip_norm is nan"),
         ("seed", -1, "seed is -1"),
