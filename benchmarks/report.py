@@ -111,9 +111,10 @@ def markdown(results: Record) -> str:
         contests = [c for c in results["contests"].values() if c["section"] == section]
         if not contests:
             continue
-        lines = _bucket_lines(contests) if section == "buckets" else _step_lines(contests)
+        measured = [contest for contest in contests if "error" not in contest]
+        lines = _bucket_lines(measured) if section == "buckets" else _step_lines(measured)
         errors = [f"Not measured: {c['title']} ({c['error']})." for c in contests if "error" in c]
-        parts += [f"### {head}", "\n".join(lines), *errors]
+        parts += [f"### {head}", *(["\n".join(lines)] if measured else []), *errors]
     if not results["settings"]["quick"]:
         parts += ["### Aims", "\n".join(map(_aim_line, aims(results)))]
     return "\n\n".join(parts)
@@ -132,7 +133,8 @@ def write_between_markers(path: pathlib.Path, text: str) -> None:
 
 def _conditions(results: Record) -> str:
     machine, settings = results["machine"], results["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    named = {"Python": machine["python"], **dict(sorted(results["versions"].items()))}
+    versions = ", ".join(f"{name} {version}" for name, version in named.items())
     compiled = [
         entrant["compile_s"] / entrant.get("programs", 1)
         for contest in results["contests"].values()
@@ -147,7 +149,7 @@ def _conditions(results: Record) -> str:
     warning = "**A smoke test on tiny models: these numbers mean nothing.** " if settings["quick"] else ""
     return (
         f"{warning}Measured {machine['date']} on {machine['cpu']}, {settings['threads']} threads, float32, random "
-        f"weights, dropout 0, AdamW; Python {machine['python']}, {versions}. Both sides take their steps in turn. Time "
+        f"weights, dropout 0, AdamW; {versions}. Both sides take their steps in turn. Time "
         f"ratios are medians over the rounds: below 1, deptjax is faster.{took}{noise}"
     )
 
@@ -159,7 +161,7 @@ def _step_lines(contests: list[Record]) -> list[str]:
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for contest in contests:
-        entrants = contest.get("entrants", [])
+        entrants = contest["entrants"]
         for ours in entrants:
             if ours["spec"]["side"] != "deptjax":
                 continue
@@ -200,8 +202,6 @@ def _bucket_lines(contests: list[Record]) -> list[str]:
         "|---|---|--:|--:|--:|--:|",
     ]
     for contest in contests:
-        if "entrants" not in contest:
-            continue
         bucketed, padded = contest["entrants"]
         spec = bucketed["spec"]
         fast, slow = rows_a_second(bucketed), rows_a_second(padded)
