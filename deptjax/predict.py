@@ -1,4 +1,4 @@
-"""`python -m deptjax.predict`, the same as `deptjax predict`. Nothing imports this module."""
+"""`python -m deptjax.predict`, the same as `deptjax predict`."""
 
 from __future__ import annotations
 

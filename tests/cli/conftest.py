@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from deptjax.cli.main import main
+from deptjax.cli.setup import NOISY
 from tests.cli.folders import save_llama
 
 TEMPLATE = r"{text}\nlabel :"
@@ -39,8 +40,11 @@ Command = Callable[..., Ended]
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Takes back what an entry point does to the library's logger, on which other tests listen."""
+    """Takes back what an entry point does to loggers, on which other tests listen."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
     yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     logger = logging.getLogger("deptjax")
     logger.propagate = True
     logger.handlers.clear()
