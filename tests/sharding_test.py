@@ -1,0 +1,90 @@
+"""Eight devices do what one does. The eight are made of one CPU, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from deptjax.errors import UserError
+from deptjax.prompt import Prompt
+from deptjax.sharding import Placement
+
+SCRIPT = """
+import sys, pathlib, jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+from tests import sharding_test
+sharding_test.runs_on_eight_and_on_one(pathlib.Path(sys.argv[1]))
+"""
+RUNS = ("llama-dept", "t5-dept", "llama-full")
+
+
+def runs_on_eight_and_on_one(folder: pathlib.Path) -> None:
+    """Trains the same on eight devices and on one; what the process of the test does."""
+    from deptjax.training.run import train
+    from tests.cases import METHODS, backbone_of
+    from tests.reviews import review_task
+
+    assert jax.device_count() == 8
+    settings = {"steps": 4, "batch_size": 16, "eval_every": 4, "buckets": 1, "log_every": 1, "max_length": 13}
+    for name in RUNS:
+        family, method = name.split("-")
+        for devices in (8, 1):
+            placement = Placement.over(jax.devices()[:devices])
+            place = folder / f"{name}-{devices}"
+            task = review_task(dev=5)
+            run = train(
+                backbone_of(family), METHODS[method], task, place, placement=placement, progress=False, **settings
+            )
+            assert run.finished
+            if name == RUNS[0]:  # and once more, from the checkpoint on
+                assert train(
+                    backbone_of(family), METHODS[method], task, place, placement=placement, progress=False, **settings
+                ).finished
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    root, folder = pathlib.Path(__file__).parents[1], tmp_path_factory.mktemp("runs")
+    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-c", SCRIPT, str(folder), jax.config.jax_compilation_cache_dir]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_eight_devices_are_one(runs: pathlib.Path, name: str) -> None:
+    """The same losses, dropout included, the same parameters and the same dev scores."""
+    eight, one = (runs / f"{name}-{devices}" for devices in (8, 1))
+    logs = [[json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()] for p in (eight, one)]
+    assert len(logs[0]) == len(logs[1]) == 5
+    for a, b in zip(*logs, strict=True):
+        assert set(a) == set(b)
+        for key in set(a) - {"examples_per_second"}:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5, err_msg=key)
+    a, b = (Prompt.load(p / "prompt").trainable for p in (eight, one))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), a, b)
+
+
+def test_arrays_are_where_they_should_be() -> None:
+    placement = Placement.over()
+    batch = placement.put_batch({"source": np.arange(6).reshape(2, 3)})
+    assert batch["source"].sharding == placement.rows
+    np.testing.assert_array_equal(batch["source"], [[0, 1, 2], [3, 4, 5]])
+    assert placement.put({"a": np.zeros(3)})["a"].sharding == placement.replicated
+
+
+def test_rows_must_divide_among_the_devices() -> None:
+    mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    placement = Placement(mesh)  # type: ignore[arg-type]
+    placement.check_batch_size(16)
+    with pytest.raises(UserError, match="batch_size 12 does not divide among 8 devices; use a multiple"):
+        placement.check_batch_size(12)
