@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.layers import KV, Segment
+from deptjax.models.attention import KV, Segment, append, attend, causal_bias, mask_bias, step_bias
 from deptjax.typing import Array, Bool, Float, Int
 
 
@@ -151,22 +151,22 @@ class Attention(nn.Module):
             q, k, v = (project[n](stream).reshape(*stream.shape[:-1], heads[n], c.head_dim) for n in heads)
             return rotate(q, rope), KV(rotate(k, rope), v)
 
-        def attend(query: Array, segments: list[Segment]) -> Array:
-            mixed = layers.attend(query, extra + segments, c.head_dim**-0.5)
+        def mix(query: Array, segments: list[Segment]) -> Array:
+            mixed = attend(query, extra + segments, c.head_dim**-0.5)
             return out(mixed.reshape(*mixed.shape[:-2], -1))
 
         query, kv = qkv(x, context.rope)
         if cache is not None:
-            new = layers.append(cache.new, kv, context.step)
+            new = append(cache.new, kv, context.step)
             shared = [] if cache.prompt is None else [Segment(cache.prompt)]
             past = [Segment(cache.source, context.source_bias), Segment(new, context.bias)]
-            return attend(query, shared + past), None, new, cache.prompt
+            return mix(query, shared + past), None, new, cache.prompt
         if prompt is None:
-            return attend(query, [Segment(kv, context.bias)]), None, kv, None
+            return mix(query, [Segment(kv, context.bias)]), None, kv, None
         assert context.prompt_rope is not None
         prompt_query, prompt_kv = qkv(prompt, context.prompt_rope)
-        prompt = attend(prompt_query[None], [Segment(prompt_kv, context.prompt_bias)])[0]
-        return attend(query, [Segment(prompt_kv), Segment(kv, context.bias)]), prompt, kv, prompt_kv
+        prompt = mix(prompt_query[None], [Segment(prompt_kv, context.prompt_bias)])[0]
+        return mix(query, [Segment(prompt_kv), Segment(kv, context.bias)]), prompt, kv, prompt_kv
 
 
 class MLP(nn.Module):
@@ -286,7 +286,7 @@ class Llama(nn.Module):
 
         caches = layer_cache(*kvs) if c.scan_layers else tuple(layer_cache(*kv) for kv in kvs)
         in_front = jnp.ones((source.shape[0], offset), bool)
-        bias = layers.mask_bias(jnp.concatenate([in_front, source_mask], axis=1))
+        bias = mask_bias(jnp.concatenate([in_front, source_mask], axis=1))
         shared = 0 if prompt is None or prompt.ndim == 3 else prompt.shape[0]
         return self.final_norm(last), Cache(caches, bias, shared + offset + lengths)
 
@@ -296,7 +296,7 @@ class Llama(nn.Module):
         positions = cache.next_position[:, None] + t + jnp.arange(tokens.shape[1])[None]
         context = Context(
             rope=rope_angles(positions, rope_frequencies(self.config)),
-            bias=layers.step_bias(tokens.shape[1], slots, t),
+            bias=step_bias(tokens.shape[1], slots, t),
             source_bias=cache.source_bias,
             step=t,
         )
@@ -330,9 +330,9 @@ class Llama(nn.Module):
         shared = 0 if prompt is None else prompt.shape[0]
         context = Context(
             rope=rope_angles(shared + jnp.arange(x.shape[1]), frequencies),
-            bias=layers.causal_bias(x.shape[1]),
+            bias=causal_bias(x.shape[1]),
             prompt_rope=None if prompt is None else rope_angles(jnp.arange(shared), frequencies),
-            prompt_bias=None if prompt is None else layers.causal_bias(shared),
+            prompt_bias=None if prompt is None else causal_bias(shared),
         )
         (x, _), kvs = self._blocks((x, prompt), context, None)
         return x, offset, kvs

@@ -27,7 +27,7 @@ import numpy as np
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.layers import KV, Segment
+from deptjax.models.attention import KV, Segment, append, attend, mask_bias, step_bias
 from deptjax.typing import Array, Bool, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -188,10 +188,10 @@ class Attention(nn.Module):
         query = project("query", x)
         kv = attended if isinstance(attended, KV) else KV(project("key", attended), project("value", attended))
         if past is not None:
-            kv = layers.append(past, kv, step)
+            kv = append(past, kv, step)
         extra = layers.extra_segments(self.sites, self.place, c.num_heads, c.head_dim, x.dtype)
         dropout = nn.Dropout(c.dropout_rate, deterministic=deterministic)
-        mixed = layers.attend(query, [*extra, Segment(kv, bias)], 1.0, dropout)
+        mixed = attend(query, [*extra, Segment(kv, bias)], 1.0, dropout)
         out = layers.Linear(c.width, f"{self.place}/out", self.sites, name="out")
         return out(mixed.reshape(*mixed.shape[:-2], -1)), kv
 
@@ -344,7 +344,7 @@ class Decoder(nn.Module):
         length, slots = x.shape[1], x.shape[1] if caches is None else _slots(caches)
         context = Context(
             position_bias=self.relpos_bias(step + jnp.arange(length), jnp.arange(slots)),
-            mask_bias=layers.step_bias(length, slots, step),
+            mask_bias=step_bias(length, slots, step),
             deterministic=deterministic,
             source=source,
             source_bias=source_bias,
@@ -448,5 +448,5 @@ class T5(nn.Module):
             rows = (source.shape[0], *prompt.shape[-2:])
             source = jnp.concatenate([jnp.broadcast_to(prompt.astype(source.dtype), rows), source], axis=1)
             source_mask = jnp.concatenate([jnp.ones(rows[:2], bool), source_mask], axis=1)
-        bias = layers.mask_bias(source_mask)
+        bias = mask_bias(source_mask)
         return self.encoder(source, bias, deterministic), bias

@@ -298,11 +298,11 @@ def test_dropout_is_where_t5_has_it() -> None:
     expected = collections.Counter(
         {
             (3, read, 14): 2 + 2,  # input and output of the encoder, the two sub-layers of its layer
-            (3, heads, 1, read, read): 1,
+            (3, heads, read, read): 1,
             (3, read, 19): 1,
             (3, write, 14): 2 + 2 * 3,  # of the decoder, and three sub-layers in each of its two layers
-            (3, heads, 1, write, write): 2,
-            (3, heads, 1, write, read): 2,
+            (3, heads, write, write): 2,
+            (3, heads, write, read): 2,
             (3, write, 19): 2,
         }
     )

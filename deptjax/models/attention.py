@@ -1,0 +1,162 @@
+"""Attention over segments.
+
+Keys and values come as a list of *segments* rather than one array: the prompt (shared by all rows), the text (one a
+row), the tokens generated so far, what fills the attention site. Each has its own batch shape, so that what is the same
+for every row is neither kept nor computed more than once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deptjax.typing import Array, Float
+
+MASKED = -1e9  # added to scores that must not count; finite, so that a row without any key has no NaN
+
+
+class KV(NamedTuple):
+    """Keys and values: (B, S, K, H), or (S, K, H) when all rows share them."""
+
+    keys: Array
+    values: Array
+
+
+class Segment(NamedTuple):
+    """Keys and values to attend to, and what is added to their scores: broadcastable to (B, N, T, S), or nothing."""
+
+    kv: KV
+    bias: Array | None = None
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    segments: Sequence[Segment],
+    scale: float,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scale * q k^T + bias) v over the keys of all segments together; the softmax in float32.
+
+    With K < N key/value heads, query head n uses key/value head n // (N / K) (grouped-query attention).
+    `dropout` is applied to the attention weights.
+    """
+    batch, length, heads, width = query.shape
+    kv_heads = segments[0].kv.keys.shape[-2]
+    if length == 1:  # a decoding step: its scores are smaller than the cache, which joining would copy
+        return _attend_apart(query, segments, scale, dropout)
+    # Heads in front, so that every product below is a matrix product that needs no transposed copy of the weights.
+    grouped = (query * scale).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, -1, width)
+    keys, values = (
+        jnp.concatenate([jnp.broadcast_to(a, (batch, *a.shape[-3:])) for a in parts], axis=1).swapaxes(1, 2)
+        for parts in zip(*(segment.kv for segment in segments), strict=True)
+    )
+    shape = (*grouped.shape[:3], keys.shape[2])
+    bias = _joined_bias(segments)
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (batch, heads, length, shape[3])).reshape(shape)
+    keep = None if dropout is None else dropout(jnp.ones(shape, query.dtype))
+    mixed = _mix(grouped, keys, values, bias, keep)
+    return mixed.reshape(batch, kv_heads, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+@jax.custom_vjp
+def _mix(q: Array, k: Array, v: Array, bias: Array | None, keep: Array | None) -> Array:
+    """Returns (softmax(q k^T + bias) * keep) v for q (B, K, T, H) and k, v (B, K, S, H); bias and keep (B, K, T, S).
+
+    Its gradient is written by hand: with W the weights, G the gradient of the result O and dW = keep * (G v^T), that of
+    the scores is W * (dW - rowsum(W * dW)), and rowsum(W * dW) = rowsum(G * O): a sum over H numbers and not over S
+    (the rearrangement of Dao et al. 2022, arXiv 2205.14135, appendix B.2). On CPUs it halves the time of attention.
+    """
+    return _mix_forward(q, k, v, bias, keep)[0]
+
+
+def _mix_forward(q: Array, k: Array, v: Array, bias: Array | None, keep: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkts,bksh->bkth", weights if keep is None else weights * keep, v)
+    return out, (q, k, v, weights, out, keep, bias is None)
+
+
+def _mix_backward(saved: tuple[Any, ...], grad: Array) -> tuple[Array | None, ...]:
+    q, k, v, weights, out, keep, no_bias = saved
+    dropped = weights if keep is None else weights * keep
+    grad_v = jnp.einsum("bkts,bkth->bksh", dropped, grad)
+    grad_weights = jnp.einsum("bkth,bksh->bkts", grad, v, preferred_element_type=jnp.float32)
+    if keep is not None:
+        grad_weights = grad_weights * keep
+    total = jnp.sum(grad.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    grad_scores = weights * (grad_weights - total)
+    narrow = grad_scores.astype(q.dtype)
+    grad_q = jnp.einsum("bkts,bksh->bkth", narrow, k)
+    grad_k = jnp.einsum("bkts,bkth->bksh", narrow, q)
+    # The bias' own is not computed unless it is trained; `keep` is random, not a parameter.
+    return grad_q, grad_k, grad_v, None if no_bias else grad_scores, None if keep is None else jnp.zeros_like(keep)
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _joined_bias(segments: Sequence[Segment]) -> Array | None:
+    """Returns the biases of all segments side by side, in the smallest shape that holds them, or `None`."""
+    given = [bias for _, bias in segments if bias is not None]
+    if not given:
+        return None
+    lead = jnp.broadcast_shapes(*(bias.shape[:3] for bias in given))
+
+    def widened(kv: KV, bias: Array | None) -> Array:
+        shape = (*lead, kv.keys.shape[-3])
+        return jnp.zeros(shape) if bias is None else jnp.broadcast_to(bias, shape)
+
+    return jnp.concatenate([widened(*segment) for segment in segments], axis=-1)
+
+
+def _attend_apart(
+    query: Array, segments: Sequence[Segment], scale: float, dropout: Callable[[Array], Array] | None
+) -> Array:
+    """Returns what `attend` returns, with the scores of the segments joined instead of their keys and values."""
+    batch, length, heads, width = query.shape
+    kv_heads = segments[0].kv.keys.shape[-2]
+    grouped = (query * scale).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores = []
+    for (keys, _), bias in segments:
+        rows = "b" if keys.ndim == 4 else ""
+        score = jnp.einsum(f"btkgh,{rows}skh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            score = score.reshape(batch, heads, length, -1)
+            score = (score + jnp.broadcast_to(bias, score.shape)).reshape(batch, kv_heads, -1, length, score.shape[-1])
+        scores.append(score)
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    result, start = jnp.zeros_like(grouped), 0
+    for (_, values), _ in segments:
+        rows, size = ("b" if values.ndim == 4 else ""), values.shape[-3]
+        result += jnp.einsum(f"bkgts,{rows}skh->btkgh", weights[..., start : start + size], values)
+        start += size
+    return result.reshape(query.shape)
+
+
+def causal_bias(length: int, dtype: jnp.dtype = jnp.float32) -> Float[Array, "1 1 T T"]:
+    """Returns the bias that hides from each position what comes after it."""
+    return jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, MASKED).astype(dtype)[None, None]
+
+
+def mask_bias(mask: Array) -> Float[Array, "B 1 1 S"]:
+    """Returns the bias that hides the keys where `mask` (B, S) is false."""
+    return jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+
+
+def append(buffer: KV, new: KV, t: Array | int) -> KV:
+    """Returns the buffer (B, G, K, H) with new keys and values (B, U, K, H) written from slot `t` on."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    return KV(write(buffer.keys, new.keys, t, axis=1), write(buffer.values, new.values, t, axis=1))
+
+
+def step_bias(length: int, slots: int, t: Array | int) -> Float[Array, "1 1 U G"]:
+    """Returns the bias with which new token u, written at slot `t + u`, sees the slots up to its own."""
+    seen = jnp.arange(slots)[None, :] <= t + jnp.arange(length)[:, None]
+    return jnp.where(seen, 0.0, MASKED)[None, None]
