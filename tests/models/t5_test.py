@@ -330,22 +330,39 @@ def test_dropout_is_decided_by_its_key(scan: bool) -> None:
     np.testing.assert_allclose(undropped, plain, atol=1e-5)
 
 
-def test_gradients_of_the_bias_table_and_of_the_prompt_are_right() -> None:
-    module = CONFIG.make()
-    params, (source, mask, prompt, targets) = support.random_params(module), inputs()
+def test_gradients_of_the_bias_tables_and_of_the_prompt_are_those_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    config = VARIANTS["v1.1"]
+    model = torch_model(config, 5)
+    params = jax.tree.map(jnp.asarray, from_torch(model, config))
+    rng = np.random.default_rng(6)
+    tokens, targets = rng.integers(2, 37, (3, 11)), rng.integers(2, 37, (3, 5))
+    mask = np.arange(11)[None] < np.array([[11], [6], [2]])
+    prompt = rng.standard_normal((4, config.width)).astype(np.float32)
+    toward = rng.standard_normal((3, 5, 37)).astype(np.float32)
+    front = torch.tensor(prompt, requires_grad=True)
+    logits = model(
+        inputs_embeds=torch.cat([front[None].expand(3, -1, -1), model.shared(torch.tensor(tokens))], dim=1),
+        attention_mask=torch.cat([torch.ones(3, 4), torch.tensor(mask)], dim=1),
+        labels=torch.tensor(targets),
+    ).logits
+    (logits * torch.tensor(toward)).sum().backward()
 
-    def loss(table: Array, prompt: Array) -> Array:
-        tree = {**params, "encoder": {**params["encoder"], "relpos_bias": {"rel_embedding": table}}}
-        states = module.apply({"params": tree}, source, mask, prompt, targets, method="target_states")
-        return jnp.mean(states[..., 0] * states[..., 1])
+    def loss(params: Tree, prompt: Array) -> Array:
+        def logits(module: Any) -> Array:
+            source = module.embed(jnp.asarray(tokens))
+            return module.head(module.target_states(source, jnp.asarray(mask), prompt, jnp.asarray(targets)))
 
-    table = params["encoder"]["relpos_bias"]["rel_embedding"]
-    grads = jax.jit(jax.grad(loss, (0, 1)))(table, prompt)
-    rng = np.random.default_rng(0)
-    along = [jnp.asarray(rng.standard_normal(g.shape), jnp.float32) for g in grads]
-    _, forward = jax.jit(lambda: jax.jvp(loss, (table, prompt), tuple(along)))()
-    assert abs(float(forward)) > 1e-3
-    np.testing.assert_allclose(sum(jnp.vdot(g, a) for g, a in zip(grads, along, strict=True)), forward, atol=1e-5)
+        return jnp.vdot(config.make().apply({"params": params}, method=logits), toward)
+
+    ours, ours_prompt = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.asarray(prompt))
+    for stack in ("encoder", "decoder"):
+        table = getattr(model, stack).block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad.numpy().T
+        scale = np.abs(table).max()
+        assert scale > 1e-2
+        np.testing.assert_allclose(ours[stack]["relpos_bias"]["rel_embedding"] / scale, table / scale, atol=1e-4)
+    scale = np.abs(front.grad.numpy()).max()
+    np.testing.assert_allclose(ours_prompt / scale, front.grad.numpy() / scale, atol=1e-4)
 
 
 LINEAR = [f"encoder/attention/{p}" for p in PROJECTIONS]
