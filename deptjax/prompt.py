@@ -96,7 +96,8 @@ class Prompt:
         recover_folder(folder)
         for name in (CARD, TENSORS):
             if not (folder / name).is_file():
-                raise UserError(f"{folder} is not a saved prompt: it has no {name}")
+                inside = f"; name {folder / 'prompt'}" if (folder / "prompt" / CARD).is_file() else ""
+                raise UserError(f"{folder} is not a saved prompt: it has no {name}{inside}")
         try:
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS)

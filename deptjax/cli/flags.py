@@ -21,10 +21,10 @@ MODEL_FIELDS = {
     field.name: field
     for field in (
         Field("name_or_path", ("str",), None, "the backbone: a hub name, a local folder, a GGUF file, packaged:NAME"),
-        Field("dtype", ("str",), None, "of the computation: float32 (default) or bfloat16"),
+        Field("dtype", ("str",), None, "of weights and computation: float32 (default) or bfloat16"),
         Field("scan_layers", ("bool",), None, "stack the layers: compiles faster, and runs slower on a CPU"),
         Field("revision", ("str", "None"), None, "branch, tag or commit of a hub model"),
-        Field("dropout_rate", ("float", "None"), None, "instead of the one in the model's config"),
+        Field("dropout_rate", ("float", "None"), None, "in training, instead of the one in the model's config (T5)"),
     )
 }
 _TASK_FLAGS = {
@@ -72,6 +72,9 @@ class Parser(argparse.ArgumentParser):
         """
         words = list(words)
         gin = [word.removeprefix("--gin.") for word in words if word.startswith("--gin.")]
+        for word in words:
+            if word.startswith("--gin.") and "=" not in word:
+                raise UserError(f"{word}: no value; write --gin.NAME=VALUE, without a space")
         plain = [_with_dashes(word) for word in words if not word.startswith("--gin.")]
         options, unknown = self.parse_known_args(plain)
         for word in unknown:
@@ -129,10 +132,12 @@ def add_method(parser: Parser) -> None:
         for name, field in fields_of(method_class(kind), linen=True).items():
             owners.setdefault(name, []).append((kind, field))
     for name, there in owners.items():
-        told = next((field.help for _, field in there if field.help), "")
-        defaults = ", ".join(f"{kind} {_shown(field.default)}" for kind, field in there)
+        defaults: dict[str, list[str]] = {}  # methods may mean different things by one flag
+        for kind, field in there:
+            defaults.setdefault(field.help, []).append(f"{kind} {_shown(field.default)}")
+        told = "; ".join(f"{text} ({', '.join(of)})" for text, of in defaults.items())
         extra = "; other methods: longest text in tokens" if name in fields_of(TrainConfig) else ""
-        _add(group, _dashed(name), there[0][1], f"{told} ({defaults}){extra}", f"{METHOD}.{name}")
+        _add(group, _dashed(name), there[0][1], told + extra, f"{METHOD}.{name}")
 
 
 def add_training(parser: Parser) -> None:

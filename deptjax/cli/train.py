@@ -14,8 +14,8 @@ EXAMPLES = r"""
   deptjax train --model packaged:smollm2-135m-instruct --task trec6 --method lora --rank 8 --workdir runs/lora
   deptjax train --gin-file configs/runs/smollm2_dept_trec6.gin --gin.prompt_lr=0.01 --workdir runs/trec6
 
-The same command again goes on with a run that was stopped. Settings: a flag goes before --gin.NAME=VALUE, that before
-a gin file, that before the default. All of them are kept in WORKDIR/config.gin.
+The same command again goes on with a run that was stopped. A flag overrides --gin.NAME=VALUE, which overrides a gin
+file, which overrides the default; a run keeps all of its settings in WORKDIR/config.gin.
 """
 
 
@@ -42,7 +42,7 @@ def _train(words: list[str]) -> int:
     group.add_argument("--workdir", dest="train.workdir", metavar="DIR", help="the run's own folder")
     group.add_argument("--gin-file", action="append", metavar="FILE", help="settings; may be given more than once")
     group.add_argument(
-        "--gin.NAME", dest="gin", metavar="VALUE", help="one setting: --gin.DePT.rank=8, or a macro's value"
+        "--gin.NAME=VALUE", dest="gin", action="store_true", help="one setting: --gin.DePT.rank=8, or a macro's value"
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar and no lines of progress")
     for add in (flags.add_model, flags.add_task, flags.add_method, flags.add_training, flags.add_general):

@@ -86,9 +86,9 @@ class DePT(InputMethod):
       rank: R; `None` takes the largest rank within `budget` parameters.
       max_length: X, the longest text in tokens that has offsets.
       alpha: used by `scaling="alpha/sqrt(rank)"`.
-      scaling: `"alpha/sqrt(rank)"` (the authors' code), `"none"` (the paper's formula, 1), or a number.
+      scaling: c, `"alpha/sqrt(rank)"` (the authors' code), `"none"` (the paper's formula, 1), or a number.
       budget: trainable parameters when `rank` is `None`; `None` means 100 * D, those of a vanilla soft prompt.
-      prompt_init: text, vocab, labels, random, or a saved prompt's folder; see `initializers.initial_prompt`.
+      prompt_init: start from text, vocab (sampled), labels, random numbers (random), or a saved prompt's folder.
       prompt_text: the text that the prompt starts from, with `prompt_init="text"`.
     """
 

@@ -20,8 +20,8 @@ class PromptTuning(InputMethod):
     """Vanilla soft prompt.
 
     Attributes:
-      prompt_length: M.
-      prompt_init: text, vocab, labels, random, or a saved prompt's folder; see `initializers.initial_prompt`.
+      prompt_length: M, vectors in front of the text.
+      prompt_init: start from text, vocab (sampled), labels, random numbers (random), or a saved prompt's folder.
       prompt_text: the text that the prompt starts from, with `prompt_init="text"`.
     """
 

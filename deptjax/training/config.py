@@ -21,12 +21,13 @@ class TrainConfig:
       steps: updates of the parameters.
       batch_size: rows a batch, over all hosts together.
       accumulate: batches a step, whose gradients are averaged.
-      prompt_lr, low_rank_lr, backbone_lr: peak learning rates of the groups; `None` takes the method's default for
-        this backbone.
+      prompt_lr, low_rank_lr, backbone_lr: peak learning rate of one group (soft prompts, low-rank factors, the
+        backbone's own weights); `None` takes the method's default for this backbone.
       schedule: `linear` (decay to 0), `cosine` or `constant`, after the warm-up.
-      prompt_schedule, low_rank_schedule, backbone_schedule: for one group; `None` means `schedule`.
-      warmup_steps: linear rise; `None` means 500, or 6 % of a shorter run.
-      prompt_warmup_steps, low_rank_warmup_steps, backbone_warmup_steps: for one group; `None` means `warmup_steps`.
+      prompt_schedule, low_rank_schedule, backbone_schedule: the schedule of one group; `None` means `schedule`.
+      warmup_steps: steps of linear rise from 0; `None` means 500, or 6 % of a shorter run.
+      prompt_warmup_steps, low_rank_warmup_steps, backbone_warmup_steps: the warm-up of one group; `None` means
+        `warmup_steps`.
       clip_norm: the norm of all gradients together is clipped to this.
       weight_decay: decoupled, as in AdamW.
       adam_eps: AdamW's epsilon.
@@ -41,7 +42,8 @@ class TrainConfig:
       eval_batch_size: rows a batch in evaluation.
       checkpoint_every: steps between checkpoints.
       log_every: steps between lines of `metrics.jsonl`.
-      share_prompt: on a causal backbone, compute what belongs to the prompt once a batch; see `PromptedModel`.
+      share_prompt: on a causal backbone, compute what belongs to the prompt once a batch and not in every row; the
+        result is the same.
       seed: of everything random: initial values, order of the data, dropout.
     """
 
