@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 from tests import sharding_test
 sharding_test.runs_on_eight_and_on_one(pathlib.Path(sys.argv[1]))
 """
-RUNS = ("llama-dept", "t5-dept", "llama-full")
+RUNS = ("llama-dept", "t5-dept")
 
 
 def runs_on_eight_and_on_one(folder: pathlib.Path) -> None:

@@ -123,7 +123,7 @@ class Adapter(nn.Module):
 
     @nn.compact
     def __call__(self, y: Array) -> Array:
-        hidden = nn.relu(nn.Dense(3, use_bias=False, name="down")(y))
+        hidden = nn.tanh(nn.Dense(3, use_bias=False, name="down")(y))
         return y + nn.Dense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name="up")(hidden)
 
 
