@@ -160,7 +160,11 @@ def test_stopped_by_signals_in_the_middle(tmp_path: pathlib.Path, family: str, m
     """With dropout and accumulation as well: what is random depends on the step, and half an update is finished."""
     settings: dict[str, Any] = {
         **LONG,
-        "steps": 12, "accumulate": accumulate, "eval_every": 6, "checkpoint_every": 5, "log_every": 2,
+        "steps": 12,
+        "accumulate": accumulate,
+        "eval_every": 6,
+        "checkpoint_every": 5,
+        "log_every": 2,
     }
 
     def go(folder: pathlib.Path, **fields: Any) -> Run:
