@@ -1,6 +1,6 @@
 """The first thing to run: DePT on a frozen SmolLM2-135M, learning to classify questions, on a CPU in minutes.
 
-    make quickstart                          # or: python -m deptjax.quickstart --steps 200
+    make quickstart                          # or: python -m deptjax.quickstart --steps 240
     make quickstart STEPS=320 COMPARE=1      # longer, with prompt tuning and LoRA beside it
 
 Model and data come out of two packages (see `deptjax.interop.packaged`): SmolLM2-135M-Instruct and TREC question
@@ -75,7 +75,7 @@ class Row:
 def main(argv: list[str] | None = None) -> None:
     """Runs the quickstart. Exits with status 2 and one line for a user's mistake."""
     parser = argparse.ArgumentParser("deptjax.quickstart", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
+    parser.add_argument("--steps", type=int, default=240, help="training steps (default 240)")
     parser.add_argument("--compare", action="store_true", help="also tune prompt tuning and LoRA, as many steps each")
     parser.add_argument(
         "--workdir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"), help="where all is kept"

@@ -28,8 +28,8 @@ from deptjax.typing import Array, Float, Int, Key
 VANILLA_LENGTH = 100  # l, the length of the soft prompt whose parameter budget DePT shares
 
 
-def dept_offset(a: Float[Array, "X R"], b: Float[Array, "R D"], scaling: float) -> Float[Array, "X D"]:
-    """Returns `scaling * (a @ b)`: one offset for each place in a text.
+def dept_offset(a: Float[Array, "*B T R"], b: Float[Array, "R D"], scaling: float) -> Float[Array, "*B T D"]:
+    """Returns `scaling * (a @ b)`: an offset for each row of A that is asked for.
 
     >>> dept_offset(jnp.ones((3, 2)), jnp.ones((2, 5)), 0.5).shape
     (3, 5)
@@ -47,13 +47,10 @@ def rank_for_budget(prompt_length: int, max_length: int, width: int, budget: int
     """
     budget = VANILLA_LENGTH * width if budget is None else budget
     rank = (budget - prompt_length * width) // (max_length + width)
-    if rank < 1:
-        needed = prompt_length * width + max_length + width
-        raise UserError(
-            f"prompt_length {prompt_length} leaves no room for a rank of 1 in {budget} parameters (at least {needed} "
-            f"needed); shorten prompt_length, or set rank or budget"
-        )
-    return rank
+    if rank >= 1:
+        return rank
+    told = f"prompt_length {prompt_length} leaves no room for a rank of 1 in {budget} parameters"
+    raise UserError(f"{told}; shorten prompt_length, or set rank or budget")
 
 
 def scaling_factor(scaling: str | float, alpha: float, rank: int) -> float:
@@ -87,7 +84,7 @@ class DePT(InputMethod):
       max_length: X, the longest text in tokens that has offsets.
       alpha: used by `scaling="alpha/sqrt(rank)"`.
       scaling: c, `"alpha/sqrt(rank)"` (the authors' code), `"none"` (the paper's formula, 1), or a number.
-      budget: trainable parameters when `rank` is `None`; `None` means 100 * D, those of a vanilla soft prompt.
+      budget: parameters when `rank` is `None`; `None` means 100 * D, those of a vanilla soft prompt.
       prompt_init: start from text, vocab (sampled), labels, random numbers (random), or a saved prompt's folder.
       prompt_text: the text that the prompt starts from, with `prompt_init="text"`.
     """
@@ -114,9 +111,8 @@ class DePT(InputMethod):
         return rank_for_budget(self.prompt_length, self.max_length, width, self.budget)
 
     def resolve(self, width: int) -> DePT:
-        rank = self.rank_at(width)
-        scaling_factor(self.scaling, self.alpha, rank)  # an unknown name is found now, not in the first step
-        return self.clone(rank=rank)
+        scaling_factor(self.scaling, self.alpha, 1)  # an unknown name is found now, not in the first step
+        return self.clone(rank=self.rank_at(width))
 
     @nn.compact
     def streams(
@@ -132,14 +128,13 @@ class DePT(InputMethod):
         a = self.param("lora_a", uniform_a, (self.max_length, rank))
         b = self.param("lora_b", nn.initializers.zeros, (rank, width))
         if positions is None and embeds.shape[1] > self.max_length:
-            raise UserError(
-                f"a text of {embeds.shape[1]} tokens is longer than max_length {self.max_length}; raise max_length"
-            )
+            told = f"a text of {embeds.shape[1]} tokens is longer than max_length {self.max_length}"
+            raise UserError(f"{told}; raise max_length")
         if positions is None:
             rows = a[: embeds.shape[1]]
         else:  # an index outside of A gets zeros: no offset for padding, none behind max_length
             rows = jnp.asarray(a).at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
-        offset = scaling_factor(self.scaling, self.alpha, rank) * (rows @ b)
+        offset = dept_offset(rows, b, scaling_factor(self.scaling, self.alpha, rank))
         return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
 
     def group(self, path: tuple[str, ...]) -> str:
