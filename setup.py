@@ -28,7 +28,6 @@ CORE = [
     "flax>=0.12.9; python_version >= '3.12'",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.20",
-    "tensorstore>=0.1.70",  # reads T5X checkpoints
     "grain>=0.2.10",
     "jaxtyping>=0.3.0",
     "ml_dtypes>=0.5.0",
@@ -54,7 +53,6 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10"],
     "gpu13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
-    "tfds": ["tensorflow-datasets>=4.9.7"],
     "torch": TORCH,
     "plot": PLOT,
     "notebooks": NOTEBOOKS,

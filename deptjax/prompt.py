@@ -23,6 +23,7 @@ from deptjax.version import __version__
 
 TENSORS = "prompt.safetensors"
 CARD = "prompt.json"
+_FRESH = ".new"  # ending of a folder that is being written
 VERSIONED = ("jax", "flax", "optax", "transformers")
 
 
@@ -67,10 +68,7 @@ class Prompt:
         from safetensors.numpy import save_file
 
         folder = pathlib.Path(folder)
-        fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.new")
-        fresh.mkdir(parents=True)
         tensors = {k: np.ascontiguousarray(v) for k, v in _flatten(self.trainable).items()}
-        save_file(tensors, fresh / TENSORS)
         run_id = _digest(tensors, method_to_config(self.method), self.fingerprint, self.task, self.settings)
         card = {
             "format": 1,
@@ -82,8 +80,15 @@ class Prompt:
             "metrics": self.metrics,
             "versions": {"deptjax": __version__, **{name: metadata.version(name) for name in VERSIONED}},
         }
-        (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        replace_folder(fresh, folder)
+        fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{_FRESH}")
+        try:
+            fresh.mkdir(parents=True)
+            save_file(tensors, fresh / TENSORS)
+            (fresh / CARD).write_text(json.dumps(card, indent=2) + "\n")
+            replace_folder(fresh, folder)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room back
+            raise
         return folder
 
     @classmethod
@@ -93,7 +98,8 @@ class Prompt:
         from safetensors.numpy import load_file
 
         folder = pathlib.Path(folder)
-        recover_folder(folder)
+        if not folder.exists() and _aside(folder).exists():
+            folder = _aside(folder)  # its run was cut off, or is just now, between two renames
         for name in (CARD, TENSORS):
             if not (folder / name).is_file():
                 inside = f"; name {folder / 'prompt'}" if (folder / "prompt" / CARD).is_file() else ""
@@ -140,7 +146,12 @@ def replace_folder(fresh: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def recover_folder(folder: pathlib.Path) -> None:
-    """Brings back the folder that `replace_folder` had put aside when it was cut off."""
+    """Brings back the folder that a killed `replace_folder` had put aside, and removes what a killed save left.
+
+    For the run that owns the folder: to anybody else, what looks left behind may be a save under way.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}.*{_FRESH}"):
+        shutil.rmtree(leftover, ignore_errors=True)
     if not folder.exists() and _aside(folder).exists():
         os.replace(_aside(folder), folder)
 

@@ -16,10 +16,13 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from deptjax.checkpoint import disk_errors
+from deptjax.cli.entry import STOPPED, run_command
 from deptjax.cli.setup import prepare
 from deptjax.data.buckets import choose_buckets
 from deptjax.data.preprocess import Preprocessor
@@ -72,8 +75,12 @@ class Row:
     peak_mib: float | None
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the quickstart. Exits with status 2 and one line for a user's mistake."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the quickstart. Returns the exit status (see `deptjax.cli.entry`)."""
+    return run_command(_main, argv)
+
+
+def _main(words: list[str]) -> int:
     parser = argparse.ArgumentParser("deptjax.quickstart", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=240, help="training steps (default 240)")
     parser.add_argument("--compare", action="store_true", help="also tune prompt tuning and LoRA, as many steps each")
@@ -81,21 +88,17 @@ def main(argv: list[str] | None = None) -> None:
         "--workdir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"), help="where all is kept"
     )
     parser.add_argument("--eval-examples", type=int, default=None, help="held-out questions to use (default all 1,000)")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(words)
+    for name in ("steps", "eval_examples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     prepare()
-    try:
-        quickstart(options.steps, options.compare, options.workdir, options.eval_examples)
-    except UserError as error:
-        sys.exit(_fail(error))
+    return quickstart(options.steps, options.compare, options.workdir, options.eval_examples)
 
 
-def _fail(error: UserError) -> int:
-    print(f"deptjax: error: {error}", file=sys.stderr)
-    return 2
-
-
-def quickstart(steps: int, compare: bool, workdir: pathlib.Path, eval_examples: int | None = None) -> dict[str, Row]:
-    """Tunes, evaluates, and prints the table. Returns its rows by name."""
+def quickstart(steps: int, compare: bool, workdir: pathlib.Path, eval_examples: int | None = None) -> int:
+    """Tunes, evaluates, prints the table and writes `results.json`. Returns the exit status."""
     began = time.perf_counter()
     print("Loading SmolLM2-135M-Instruct and the TREC questions (fetched once, then cached) ...", flush=True)
     backbone = load_backbone(MODEL, scan_layers=True)
@@ -116,16 +119,17 @@ def quickstart(steps: int, compare: bool, workdir: pathlib.Path, eval_examples: 
         print(f"\nTuning {TITLES[name]}: {steps} steps of {BATCH_SIZE} questions.", flush=True)
         runs[name] = run = tune(backbone, METHODS[name], workdir / f"{name}-{steps}-steps", steps)
         if not run.finished or run.prompt is None:
-            print("Stopped. The same command goes on from here.")
-            sys.exit(130)
+            print(f"Stopped after step {run.step}. The same command goes on from here.")
+            return STOPPED + (run.signal or 0)
         accuracy = held_out_accuracy(backbone, run.prompt.method, run.prompt.trainable, backbone.params, data)
         rows[name] = Row(accuracy, run.trainable_parameters, run.seconds_per_step, run.peak_mib)
 
-    write_json(workdir / "results.json", {name: dataclasses.asdict(row) for name, row in rows.items()})
+    with disk_errors(workdir):
+        write_json(workdir / "results.json", {name: dataclasses.asdict(row) for name, row in rows.items()})
     print("\n" + table(rows, len(data.test)))
     show_use(backbone, runs["dept"])
     print(f"\nAll in {(time.perf_counter() - began) / 60:.1f} minutes.")
-    return rows
+    return 0
 
 
 def tune(backbone: Backbone, method: Method, workdir: pathlib.Path, steps: int) -> Run:
@@ -196,4 +200,4 @@ def show_use(backbone: Backbone, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -78,14 +78,16 @@ def make_method(settings: Settings) -> Any:
 
 
 def make_config(settings: Settings, method: Any) -> TrainConfig:
-    """Returns the training configuration. Raises `UserError` for the rate of a group that the method does not have."""
+    """Returns the training configuration."""
     fields = fields_of(TrainConfig)
     own = _fields(settings, "TrainConfig", fields)
     for (owner, name), given in settings.items():
         if owner == METHOD and name not in method_fields(type(method)):
-            own.setdefault(name, checked(given, fields[name]))
+            named = settings.get(("TrainConfig", name))
+            if named is None or named.level < given.level:  # the flag of the same name stands for this field
+                own[name] = checked(given, fields[name])
     rates = method.learning_rates(1.0)
-    for group in ("prompt", "low_rank", "backbone"):
+    for group in ("prompt", "low_rank", "backbone"):  # `train` checks this too; here the answer names flags
         rate = settings.get(("TrainConfig", f"{group}_lr"))
         if rate is not None and rate.level == FLAG and group not in rates:
             there = spelled([f"{name}_lr" for name in rates])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pathlib
 import sys
 import warnings
 
@@ -41,17 +40,12 @@ def keep_compiled_programs() -> None:
     """Turns on jax's compilation cache, in the folder below `cache_folder`, unless one is set already."""
     import jax
 
+    from deptjax.interop.packaged import cache_folder
+
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SMALLEST_PROGRAM_SECONDS)
-
-
-def cache_folder() -> pathlib.Path:
-    """Returns the folder of what can be made or fetched again: `$DEPTJAX_CACHE`, or `deptjax` in the user's cache."""
-    if own := os.environ.get("DEPTJAX_CACHE"):
-        return pathlib.Path(own).expanduser()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "deptjax"
 
 
 class _OneLine(logging.Handler):

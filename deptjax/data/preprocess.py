@@ -153,6 +153,10 @@ class Preprocessor:
             tokens.append(pieces[0])
         return np.asarray(tokens, np.int32)
 
+    def longest_target(self) -> int:
+        """Returns the most tokens that a target can have."""
+        return max(map(len, self._label_ids)) if self.task.labels else self.max_target_length
+
     def labels_are_tokens(self) -> bool:
         """Returns whether every label is one token, and no two the same: whether `label_tokens` succeeds."""
         firsts = {ids[0] for ids in self._label_pieces if len(ids) == 1}

@@ -92,6 +92,12 @@ class Template:
             if text is None:
                 kind = "empty (null)" if value is None or isinstance(value, float) else f"a {type(value).__name__}"
                 raise UserError(f"{where}column '{column}' is {kind}; it must hold a text, a number or a boolean")
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, which is no character
+                raise UserError(
+                    f"{where}column '{column}' holds half a character (a lone surrogate); mend it"
+                ) from None
             texts[column] = text
         if not any(text.strip() for text in texts.values()):
             listed = ", ".join(f"'{column}'" for column in self.columns)

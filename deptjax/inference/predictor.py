@@ -17,7 +17,7 @@ from deptjax.data.templates import Row
 from deptjax.errors import UserError, nearest
 from deptjax.inference.evaluator import Answer, Evaluator
 from deptjax.models.backbone import Backbone
-from deptjax.models.prompted import PromptedModel
+from deptjax.models.prompted import PromptedModel, check_context
 from deptjax.prompt import Prompt
 from deptjax.typing import Tree
 
@@ -79,6 +79,8 @@ class Predictor:
         Raises:
           UserError: for an unknown task, an empty text, or a missing column.
         """
+        if isinstance(texts, str):
+            raise UserError("a Predictor takes a list of texts, not one text: write predict([text])")
         loaded = self._loaded(task)
         cut = loaded.preprocessor.cut_count
         sources = [self._encode(loaded.preprocessor, number, text) for number, text in enumerate(texts, 1)]
@@ -121,6 +123,7 @@ class Predictor:
         length = prompt.settings["max_length"]
         causal = not self._backbone.config.is_encoder_decoder
         preprocessor = Preprocessor(self._backbone.tokenizer, task, causal=causal, max_length=length)
+        check_context(self._backbone, model.method, length, preprocessor.longest_target())
         buckets = [b for b in LENGTHS if b < length] + [length]
         mode = prompt.settings.get("evaluation", "auto")
         evaluator = Evaluator(model, preprocessor, mode=mode, batch_size=self._batch_size, buckets=buckets)

@@ -19,7 +19,7 @@ from deptjax.models.t5 import ACTIVATIONS, T5Config
 # changes what the weights compute from given tokens.
 HARMLESS = frozenset(
     "_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled"
-    " architectures attention_dropout classifier_dropout dtype torch_dtype transformers_version use_cache"
+    " architectures classifier_dropout dtype torch_dtype transformers_version use_cache"
     " output_past output_attentions output_hidden_states return_dict use_return_dict torchscript"
     " initializer_factor initializer_range gradient_checkpointing pretraining_tp n_positions max_sequence_length"
     " task_specific_params tokenizer_class finetuning_task prefix id2label label2id num_labels problem_type"
@@ -44,6 +44,7 @@ _T5 = (
 _LLAMA_FIXED = {
     "attention_bias": (False, "biases in the attention"),
     "mlp_bias": (False, "biases in the feed-forward layers"),
+    "attention_dropout": (0.0, "dropout of attention weights"),
     "rope_interleaved": (False, "interleaved rotary dimensions"),
     "is_encoder_decoder": (False, "an encoder"),
     "add_cross_attention": (False, "cross-attention"),
@@ -246,6 +247,9 @@ def _t5(config: _Fields, kind: str) -> T5Config:
     )
 
 
+HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")  # of huggingface_hub, by age
+
+
 def download(name: str, revision: str | None = None) -> Path:
     """Returns the local folder of the model called `name` on the Hugging Face hub, fetched if need be.
 
@@ -277,10 +281,10 @@ def download(name: str, revision: str | None = None) -> Path:
             " give a local folder, a .gguf file or packaged:smollm2-135m-instruct"
         ) from None
     except Exception as error:  # its HTTP library's own exceptions derive from Exception alone
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        if type(error).__module__.split(".")[0] not in HTTP_LIBRARIES:
             raise
         raise UserError(
-            f"{where} is not a local path and the model hub is not reachable ({type(error).__name__});"
-            " give a local folder, a .gguf file or packaged:smollm2-135m-instruct"
+            f"{where}: the download from the model hub was interrupted ({type(error).__name__}); run the same command"
+            " again, what has arrived is kept"
         ) from None
     return Path(folder)

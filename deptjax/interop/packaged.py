@@ -76,8 +76,10 @@ TOKENIZERS = {
 
 
 def cache_folder() -> Path:
-    """Returns the folder for downloads: `$DEPTJAX_CACHE`, by default `~/.cache/deptjax`."""
-    return Path(os.environ.get("DEPTJAX_CACHE") or Path.home() / ".cache" / "deptjax").expanduser()
+    """Returns the folder of what can be fetched or made again: `$DEPTJAX_CACHE`, or `deptjax` in the user's cache."""
+    if own := os.environ.get("DEPTJAX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deptjax"
 
 
 def wheel(package: str) -> Path:

@@ -132,6 +132,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def positions_in_front(self) -> int:
+        """Returns how many positions the method puts in front of a text."""
+        return 0
+
     def source_limit(self) -> int | None:
         """Returns the longest source text in tokens that the method can take, or `None` for any length."""
         return None

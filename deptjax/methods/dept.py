@@ -146,3 +146,6 @@ class DePT(InputMethod):
 
     def source_limit(self) -> int:
         return self.max_length
+
+    def positions_in_front(self) -> int:
+        return self.prompt_length

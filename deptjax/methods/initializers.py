@@ -17,6 +17,7 @@ from deptjax.methods.base import Vocabulary
 from deptjax.typing import Array, Key
 
 KINDS = ("text", "vocab", "labels", "random")
+# The authors' sentence reads "Classify this text is postive or not:"; this is what it means.
 DEFAULT_TEXT = "Classify this text as positive or not:"
 VOCAB_ROWS = 5000  # sampled from the most common pieces, which come first in SentencePiece and BPE vocabularies
 

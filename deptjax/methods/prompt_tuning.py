@@ -48,3 +48,6 @@ class PromptTuning(InputMethod):
 
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         return {"prompt": prompt_lr}
+
+    def positions_in_front(self) -> int:
+        return self.prompt_length

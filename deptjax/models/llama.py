@@ -65,6 +65,11 @@ class LlamaConfig:
     scan_layers: bool = False
     dtype: str = "float32"
 
+    @property
+    def context(self) -> int | None:
+        """The positions that the model was made for: prompt, source and targets together."""
+        return self.max_positions
+
     def make(self, sites: Sites = NO_SITES) -> Llama:
         """Returns the Linen module with these sites filled."""
         return Llama(self, sites)

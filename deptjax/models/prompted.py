@@ -53,6 +53,17 @@ def left_aligned(tokens: Tokens, mask: Array) -> tuple[Array, Array]:
     return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
+def check_context(backbone: Backbone, method: Method, source_length: int, target_length: int) -> None:
+    """Raises `UserError` when prompt, source and targets do not fit the positions that a causal backbone has."""
+    context, prompt_length = backbone.config.context, method.positions_in_front()
+    total = prompt_length + source_length + target_length
+    if context is not None and total > context:
+        raise UserError(
+            f"{prompt_length} prompt vectors, max_length {source_length} and targets of {target_length} tokens are "
+            f"{total} positions, and '{backbone.name}' has {context}; lower prompt_length or max_length"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptedModel:
     """A backbone's module with a method in its sites. Holds no parameters: every function takes both trees.
@@ -87,7 +98,8 @@ class PromptedModel:
             params = fill.init(input_key, embeds, method="streams")["params"]
             trainable["input"] = self.method.initialize(start_key, params, vocabulary)
         if self.method.tunes_backbone:
-            return {**trainable, "backbone": frozen}, {}
+            # In float32 whatever the backbone computes in: small updates of bfloat16 weights round to nothing.
+            return {**trainable, "backbone": jax.tree.map(lambda a: a.astype(jnp.float32), frozen)}, {}
         inner = jax.jit(self._init_sites)(inner_key)  # under jit, what is not returned is not computed
         if inner:
             trainable["backbone"] = inner

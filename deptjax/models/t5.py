@@ -78,6 +78,11 @@ class T5Config:
                 f"do not fit; use at least 4 buckets and a distance above half of them"
             )
 
+    @property
+    def context(self) -> int | None:
+        """`None`: relative positions have no end."""
+        return None
+
     def make(self, sites: Sites = NO_SITES) -> T5:
         """Returns the Linen module with these sites filled."""
         return T5(self, sites)

@@ -1,9 +1,16 @@
-"""The settings of a run, with the values the authors of DePT used as defaults."""
+"""The settings of a run.
+
+Optimiser, schedule, batch, steps and evaluation interval default to what the authors of DePT used on T5. Two things do
+not: where a task has labels that are one token each, the loss is over these alone and the dev split is scored by
+likelihood. The authors' loss over the whole vocabulary is `loss="vocabulary"`, their greedy answers
+`evaluation="generate"`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from deptjax.errors import UserError, nearest
@@ -126,6 +133,14 @@ class TrainConfig:
             if name not in known:
                 raise UserError(f"there is no setting '{name}'.{nearest(name, known)}")
         return cls(**settings)
+
+    def check_groups(self, groups: Iterable[str], method: str) -> None:
+        """Raises `UserError` when a learning rate, schedule or warm-up is set for a group that the method has not."""
+        for group in {"prompt", "low_rank", "backbone"} - set(groups):
+            for name in (f"{group}_lr", f"{group}_schedule", f"{group}_warmup_steps"):
+                if getattr(self, name) is not None:
+                    there = ", ".join(f"{own}_lr" for own in groups)
+                    raise UserError(f"{name}: method '{method}' trains no such parameters; it has {there}")
 
     def learning_rates(self, defaults: dict[str, float]) -> dict[str, float]:
         """Returns the peak learning rate of each group in `defaults`, the user's where one is given."""

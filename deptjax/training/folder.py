@@ -11,11 +11,13 @@ result.json       written when the run has ended
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from deptjax.checkpoint import disk_errors
 from deptjax.errors import UserError
@@ -44,9 +46,7 @@ class RunFolder:
             for name, text in (notes or {}).items():
                 if not (self.path / name).exists():
                     write_text(self.path / name, text)
-            probe = self.path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            self._lock = _locked(self.path / ".lock")
         recover_folder(self.prompt)
         self._metrics: Any = None
         self._events: EventFile | None = None
@@ -79,7 +79,8 @@ class RunFolder:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of numbers."""
         with disk_errors(self.path):
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._metrics.write(json.dumps({"step": step, **known}) + "\n")  # JSON has no NaN
             self._metrics.flush()
             assert self._events is not None
             self._events.write(step, values)
@@ -89,12 +90,17 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def close(self) -> None:
+    def close_logs(self) -> None:
         """Closes the logs."""
+        files, self._metrics, self._events = (self._metrics, self._events), None, None
         with disk_errors(self.path), contextlib.ExitStack() as stack:
-            for file in (self._metrics, self._events):
+            for file in files:
                 if file is not None:
                     stack.callback(file.close)
+
+    def close(self) -> None:
+        """Lets other processes have the folder."""
+        self._lock.close()
 
     def _started_by_us(self) -> bool:
         # A run cut off before it wrote its config has at most the temporary file of that config.
@@ -116,6 +122,17 @@ def _shown(values: dict[str, Any], name: str) -> str:
     """Returns a value of a config in one line."""
     value = values.get(name, MISSING)
     return repr(value) if isinstance(value, str) and "\n" in value else str(value)
+
+
+def _locked(file: pathlib.Path) -> TextIO:
+    """Returns the open lock of a run's folder. The kernel frees it when the process ends, however it ends."""
+    lock = file.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{file.parent} is in use by a run under way; wait for it, or choose another workdir") from None
+    return lock
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

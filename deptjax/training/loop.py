@@ -131,7 +131,7 @@ class Loop:
             self._checkpoint(state, progress, window)
             self.checkpoints.wait()
         finally:
-            self.folder.close()
+            self.folder.close_logs()
         stopped_by = None if finished else signals.received
         return Outcome(state, progress, finished, done, stopped_by, statistics.median(seconds) if seconds else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from deptjax.inference.evaluator import Evaluator
 from deptjax.memory import PeakMemory
 from deptjax.methods.base import Method, Vocabulary, method_to_config
 from deptjax.models.backbone import Backbone
-from deptjax.models.prompted import PromptedModel
+from deptjax.models.prompted import PromptedModel, check_context
 from deptjax.prompt import Prompt
 from deptjax.sharding import Placement
 from deptjax.training.config import TrainConfig
@@ -99,12 +100,15 @@ def train(
     data = (get_task(task) if isinstance(task, str) else task).load()
     model = PromptedModel.build(backbone, method, config.share_prompt)
     preprocessor = make_preprocessor(backbone, model.method, data.task, config)
+    check_context(backbone, model.method, preprocessor.max_length, preprocessor.longest_target())
     dev_rows = data.dev[: config.eval_examples]
     examples, dev = preprocessor.encode_all(data.train), preprocessor.encode_all(dev_rows)
     if not examples:
         raise UserError(f"task '{data.task.name}' has no training rows")
 
-    rates = config.learning_rates(model.method.learning_rates(backbone.prompt_lr))
+    defaults = model.method.learning_rates(backbone.prompt_lr)
+    config.check_groups(defaults, model.method.kind)
+    rates = config.learning_rates(defaults)
     key = jax.random.key(config.seed)
     init_key, step_key = jax.random.split(key)
     vocabulary = Vocabulary(backbone.embedding, backbone.tokenizer, data.task.texts)
@@ -141,6 +145,7 @@ def train(
         mode=config.evaluation,
         batch_size=config.eval_batch_size,
         buckets=sorted({*buckets, *dev_buckets}),
+        placement=placement if config.eval_batch_size % placement.mesh.size == 0 else None,
     )
 
     def make_prompt(trainable: Tree, metrics: dict[str, float]) -> Prompt:
@@ -157,7 +162,8 @@ def train(
     def evaluate(trainable: Tree) -> dict[str, float]:
         answers = evaluator.answers(trainable, frozen, dev)
         scores = data.task.score([answer.text for answer in answers], dev_rows)
-        if any(math.isnan(value) for answer in answers for value in (answer.scores or {}).values()):
+        broken = any(math.isnan(value) for answer in answers for value in (answer.scores or {}).values())
+        if broken or not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(trainable)):
             scores = dict.fromkeys(scores, math.nan)  # a parameter has blown up: what was answered means nothing
         return {f"dev/{name}": score for name, score in scores.items()}
 
@@ -167,33 +173,35 @@ def train(
                 make_prompt(trainable, metrics).save(folder.prompt)
 
     loss = make_loss(model, _label_tokens(preprocessor, config), dropout=config.dropout)
-    # Only now is a file written: what cannot be trained leaves no folder behind.
-    folder = RunFolder(workdir, _identity(backbone, model.method, data, config, rates, examples, dev), notes)
-    checkpoints = Checkpoints(folder.checkpoints)
-    loop = Loop(
-        config=config,
-        folder=folder,
-        checkpoints=checkpoints,
-        step_fn=make_train_step(loss, tx),
-        frozen=frozen,
-        batches=batches,
-        put_batch=placement.put_batch,
-        rates=schedules,
-        evaluate=evaluate if dev and config.eval_every else None,
-        save_prompt=save_prompt,
-        bar=progress,
-    )
-    so_far = Progress(data=batches.get_state())
-    if checkpoints.latest is not None:
-        state, saved = checkpoints.restore(state)
-        so_far = Progress(**saved)
-        batches.set_state(so_far.data)
-    try:
+    with contextlib.ExitStack() as stack:
+        # Only now is a file written: what cannot be trained leaves no folder behind.
+        folder = RunFolder(
+            workdir, _identity(backbone, model.method, data, config, rates, placement, examples, dev), notes
+        )
+        stack.callback(folder.close)
+        checkpoints = Checkpoints(folder.checkpoints)
+        stack.callback(checkpoints.close)
+        loop = Loop(
+            config=config,
+            folder=folder,
+            checkpoints=checkpoints,
+            step_fn=make_train_step(loss, tx),
+            frozen=frozen,
+            batches=batches,
+            put_batch=placement.put_batch,
+            rates=schedules,
+            evaluate=evaluate if dev and config.eval_every else None,
+            save_prompt=save_prompt,
+            bar=progress,
+        )
+        so_far = Progress(data=batches.get_state())
+        if checkpoints.latest is not None:
+            state, saved = checkpoints.restore(state)
+            so_far = Progress(**saved)
+            batches.set_state(so_far.data)
         with PeakMemory() as peak:
             outcome = loop.run(state, so_far)
-    finally:
-        checkpoints.close()
-    return _finish(folder, outcome, count_parameters(trainable), peak.mib)
+        return _finish(folder, outcome, count_parameters(trainable), peak.mib)
 
 
 def make_preprocessor(backbone: Backbone, method: Method, task: Task, config: TrainConfig) -> Preprocessor:
@@ -224,6 +232,7 @@ def _identity(
     data: TaskData,
     config: TrainConfig,
     rates: dict[str, float],
+    placement: Placement,
     examples: list[Example],
     dev: list[Example],
 ) -> dict[str, Any]:
@@ -235,7 +244,7 @@ def _identity(
         "data": {"train": _data_digest(examples), "dev": _data_digest(dev)},
         "learning_rates": rates,
         "train": dataclasses.asdict(config),
-        "devices": jax.device_count(),
+        "devices": placement.mesh.size,
     }
 
 
