@@ -158,11 +158,12 @@ def stack(tree: dict, under: str | None) -> dict:
     return {under: rest} if under else rest
 
 
+@pytest.mark.parametrize("method", ["dept", "prompt_tuning"])
 @pytest.mark.parametrize("scan", [False, True])
-def test_shared_prompt_is_a_prompt_in_each_row(scan: bool) -> None:
+def test_shared_prompt_is_a_prompt_in_each_row(scan: bool, method: str) -> None:
     """Computed once a batch or once a row: the same logits, and the same gradients of all that is trained."""
-    shared = case_of("llama", "dept", scan)
-    copied = make_case(backbone_of("llama", scan), METHODS["dept"], share_prompt=False)
+    shared = case_of("llama", method, scan)
+    copied = make_case(backbone_of("llama", scan), METHODS[method], share_prompt=False)
 
     def loss(case: Case) -> tuple[jax.Array, jax.Array]:
         def weighted(trainable: dict) -> tuple[jax.Array, jax.Array]:
