@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import huggingface_hub
 import pytest
 
 from deptjax.errors import UserError
@@ -190,3 +192,35 @@ def test_a_hub_that_is_not_reachable_is_one_line(name: str) -> None:
 def test_a_name_that_cannot_be_one_is_said_to_be() -> None:
     with pytest.raises(UserError, match="check the spelling"):
         download("not a name!")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [httpx2.ReadTimeout("slow"), httpx2.RemoteProtocolError("cut\noff")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_download_that_is_interrupted_goes_on_with_the_same_command(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's HTTP library lets its errors through, and they derive from no built-in error of the system."""
+
+    def interrupted(*args: Any, **options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupted)
+    with pytest.raises(UserError, match="interrupted") as caught:
+        download("nobody/some-model", "v2")
+    message = str(caught.value)
+    assert "'nobody/some-model' at revision 'v2'" in message
+    assert type(error).__name__ in message
+    assert "run the same command again" in message
+    assert "\n" not in message
+
+
+def test_an_error_that_is_not_of_the_hub_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> str:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        download("nobody/some-model")

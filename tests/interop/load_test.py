@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -201,6 +202,59 @@ def test_a_gguf_file_is_a_backbone(tmp_path: Path) -> None:
     assert backbone.embedding.dtype == jnp.bfloat16
     states = backbone.module().apply({"params": backbone.params}, jnp.zeros((1, 2), jnp.int32), method="embed")
     assert states.shape == (1, 2, 24)
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_name_on_the_hub_is_fetched_and_read(
+    revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own function gets name, revision and patterns, and the folder that it returns is what is loaded."""
+    folder = write_folder("t5_v1_1", tmp_path / "snapshot")
+    asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def snapshot_download(*args: Any, **options: Any) -> str:
+        asked.append((args, options))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    backbone = load_backbone("nobody/tiny-t5", revision=revision)
+    ((args, options),) = asked
+    assert args == ("nobody/tiny-t5",)
+    assert options.pop("revision") == revision
+    kept = set(huggingface_hub.utils.filter_repo_objects(REPOSITORY, **options))
+    assert kept == WANTED
+    assert backbone.name == "nobody/tiny-t5"
+    local = load_backbone(folder)
+    assert backbone.fingerprint == local.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, backbone.params, local.params)
+
+
+WANTED = {
+    "config.json",
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "vocab.txt",
+    "chat_template.jinja",
+}
+# What a repository may hold beside: weights of other formats, and second copies of the same.
+REPOSITORY = [
+    *WANTED,
+    "pytorch_model.bin",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "rust_model.ot",
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "original/model.safetensors",
+    "consolidated.safetensors",
+    "README.md",
+    "modeling.py",
+]
 
 
 @pytest.mark.parametrize(
