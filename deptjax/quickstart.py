@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -195,8 +196,9 @@ def show_use(backbone: Backbone, run: Run) -> None:
         print(f"  {question:52s} -> {answer.text} ({100 * answer.scores[answer.text]:.0f} %)")
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"\nThe prompt is in {folder} ({size / 1024:.0f} KiB). On your own text:")
-    command = os.path.relpath(pathlib.Path(sys.executable).parent / "deptjax")
-    print(f'  echo "Where is the Nile ?" | {command} predict --prompt {folder}')
+    program = os.path.relpath(pathlib.Path(sys.executable).parent / "deptjax")
+    command = shlex.join([program, "predict", "--prompt", str(folder)])
+    print(f'  echo "Where is the Nile ?" | {command}')
 
 
 if __name__ == "__main__":
