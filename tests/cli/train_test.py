@@ -70,6 +70,11 @@ def test_a_run_of_another_configuration_is_not_resumed(deptjax: Command, tuned: 
     assert (tuned.workdir / "config.json").read_bytes() == before
 
 
+def test_there_are_configs() -> None:
+    """Without one, the test below would be passed over in silence."""
+    assert CONFIGS, "configs/runs holds no .gin file"
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_takes_a_step(
     deptjax: Command, config: pathlib.Path, model, rows, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
