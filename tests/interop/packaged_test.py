@@ -206,3 +206,14 @@ def test_a_killed_download_leaves_nothing_that_looks_complete(
     assert not (tmp_path / "cache" / FILE).exists()
     stalling_index.go_on.set()
     assert packaged.wheel("tinypack").read_bytes() == stalling_index.wheel
+
+
+def test_the_cache_of_the_user_and_one_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("DEPTJAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert packaged.cache_folder() == tmp_path / ".cache" / "deptjax"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert packaged.cache_folder() == tmp_path / "xdg" / "deptjax"
+    monkeypatch.setenv("DEPTJAX_CACHE", "~/own")
+    assert packaged.cache_folder() == tmp_path / "own"
