@@ -125,6 +125,11 @@ class Loop:
                     if self._due(done, self.config.checkpoint_every):
                         self._checkpoint(state, progress, window)
             finished = done == self.config.steps
+            if finished and self.evaluate and progress.best_score is None:
+                raise UserError(
+                    "no evaluation gave finite numbers, so there is no prompt to keep; lower the learning rates and use a"
+                    " new workdir"
+                )
             if finished and self.evaluate is None:
                 progress.best_step = done
                 self.save_prompt(state.trainable, {})
