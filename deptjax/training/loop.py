@@ -127,8 +127,8 @@ class Loop:
             finished = done == self.config.steps
             if finished and self.evaluate and progress.best_score is None:
                 raise UserError(
-                    "no evaluation gave finite numbers, so there is no prompt to keep; lower the learning rates and use a"
-                    " new workdir"
+                    "no evaluation gave finite numbers, so there is no prompt to keep; lower the learning rates and"
+                    " use a new workdir"
                 )
             if finished and self.evaluate is None:
                 progress.best_step = done
