@@ -1,7 +1,7 @@
 # make help tells what there is. Everything lands in .venv (the benchmark: .venv-bench); nothing outside is touched.
 #
 # PYTHON         the interpreter a new .venv is made of, 3.11 or later:      make test PYTHON=python3.12
-# PYTEST_ARGS    replaces the arguments of pytest:                           make test PYTEST_ARGS="tests/methods -x"
+# PYTEST_ARGS    replaces the arguments of pytest (two workers, a file each):  make test PYTEST_ARGS="tests/methods -x"
 # STEPS COMPARE  of the quickstart:                                          make quickstart STEPS=320 COMPARE=1
 # Another package index, for instance one with CPU builds of torch, is given in pip's own way: set
 # PIP_EXTRA_INDEX_URL (and UV_INDEX where uv is on the PATH) in the environment.
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STEPS ?= 240
 COMPARE ?=
 QUICKSTART_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 # uv takes torch's CPU build unless told otherwise; pip does not read this.

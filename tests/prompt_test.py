@@ -98,9 +98,13 @@ def test_cut_off_between_the_two_renames_the_old_one_comes_back(tmp_path: pathli
     some_prompt(2).save(tmp_path / ".prompt.1.new")
     os.replace(folder, aside)  # where a crash may leave it
     assert_same(Prompt.load(folder), some_prompt(1))
-    assert not aside.exists()
+    assert aside.exists()  # a reader moves nothing: the run may be between the two renames at this moment
+    os.replace(tmp_path / ".prompt.1.new", tmp_path / "kept")
+    (tmp_path / ".prompt.2.new").mkdir()  # what a save leaves that is killed
     recover_folder(folder)
     assert_same(Prompt.load(folder), some_prompt(1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept", "prompt"]
+    os.replace(tmp_path / "kept", tmp_path / ".prompt.1.new")
     replace_folder(tmp_path / ".prompt.1.new", folder)
     assert_same(Prompt.load(folder), some_prompt(2))
     assert [p.name for p in tmp_path.iterdir()] == ["prompt"]

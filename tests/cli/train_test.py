@@ -28,8 +28,10 @@ def environment() -> dict[str, str]:
 def program(*words: object) -> subprocess.Popen[str]:
     """Starts `python -m deptjax.NAME` as a process of its own."""
     name, *flags = map(str, words)
+    # Where the tests themselves run as a background job, Ctrl-C is ignored by them and by all they start.
+    heeds = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     return subprocess.Popen(
-        [sys.executable, "-m", f"deptjax.{name}", *flags],
+        [sys.executable, "-c", f"{heeds}; runpy.run_module('deptjax.{name}', run_name='__main__')", *flags],
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -142,7 +142,7 @@ def test_the_step_compiles_once_a_shape(tmp_path: pathlib.Path, caplog: pytest.L
     task = dataclasses.replace(review_task(), source=MemorySource(rows, rows[:3], rows[:3]))
     settings = {**SMALL, "steps": 12, "buckets": 2, "eval_every": 4, "checkpoint_every": 2}
     method = DePT(prompt_length=7, rank=2, max_length=32)  # of no other test, so that nothing is compiled already
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING), caplog.at_level(logging.WARNING, logger="jax"):
         train(backbone_of("llama"), method, task, tmp_path, **settings)
     assert compiled(caplog, "step") == 2
     assert compiled(caplog, "token_scores") == 1  # the dev rows are one batch
