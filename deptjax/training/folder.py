@@ -85,11 +85,6 @@ class RunFolder:
             assert self._events is not None
             self._events.write(step, values)
 
-    def history(self) -> list[dict[str, float]]:
-        """Returns the lines of `metrics.jsonl`."""
-        file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
     def close_logs(self) -> None:
         """Closes the logs."""
         files, self._metrics, self._events = (self._metrics, self._events), None, None

@@ -24,7 +24,7 @@ from deptjax.data.tasks import Task, TaskData, get_task
 from deptjax.errors import UserError
 from deptjax.inference.evaluator import Evaluator
 from deptjax.memory import PeakMemory
-from deptjax.methods.base import Method, Vocabulary, method_to_config
+from deptjax.methods.base import Method, method_to_config
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel, check_context
 from deptjax.prompt import Prompt
@@ -111,7 +111,7 @@ def train(
     rates = config.learning_rates(defaults)
     key = jax.random.key(config.seed)
     init_key, step_key = jax.random.split(key)
-    vocabulary = Vocabulary(backbone.embedding, backbone.tokenizer, data.task.texts)
+    vocabulary = backbone.vocabulary(data.task.texts)
     trainable, frozen = model.init(init_key, backbone.params, vocabulary)
     schedules = config.schedules(rates)
     tx = make_optimizer(
