@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deptjax.inference.rows import Rows
 from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PromptTuning
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
@@ -59,6 +60,11 @@ class Case:
     def logits(self) -> Callable[..., jax.Array]:
         """The model's `target_logits`, jitted."""
         return jax.jit(self.model.target_logits)
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The moved parameters, shared by all rows of a batch."""
+        return Rows.shared(self.model, self.moved, self.frozen)
 
     @functools.cached_property
     def step(self) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,7 @@ from deptjax.data.pipeline import eval_batches
 from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.errors import UserError
 from deptjax.inference.decode import greedy
+from deptjax.inference.rows import Rows
 from deptjax.inference.scoring import sequence_scores, token_scores
 from deptjax.sharding import Placement
 from deptjax.typing import Tree
@@ -59,9 +61,9 @@ class Evaluator:
         pre, model = self._preprocessor, self._model
         if pre.labels_are_tokens():
             tokens = jnp.asarray(pre.label_tokens())
-            return lambda *args: token_scores(model, *args, tokens)
+            return lambda *args: token_scores(model, *args, tokens, jnp.ones(tokens.shape, bool))
         sequences, mask = (jnp.asarray(a) for a in pre.label_sequences())
-        return lambda *args: sequence_scores(model, *args, sequences, mask)
+        return lambda *args: jax.nn.log_softmax(sequence_scores(model, *args, sequences, mask))
 
     def answers(
         self,
@@ -72,10 +74,11 @@ class Evaluator:
     ) -> list[Answer]:
         """Returns one answer an example. `on_rows(n)` is called after each batch with the number of its rows."""
         answers: list[Answer | None] = [None] * len(examples)
+        rows = Rows.shared(self._model, trainable, frozen)
         for indices, batch in eval_batches(examples, batch_size=self._batch_size, buckets=self._buckets):
             put = self._placement.put_batch if self._placement else lambda b: {k: jnp.asarray(v) for k, v in b.items()}
             placed = put({name: batch[name] for name in ("source", "source_mask")})
-            inputs = (trainable, frozen, placed["source"], placed["source_mask"])
+            inputs = (frozen, rows, placed["source"], placed["source_mask"])
             for index, answer in zip(indices, self._batch_answers(inputs), strict=False):
                 answers[index] = answer
             on_rows(len(indices))

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deptjax.typing import Array, Float
+from deptjax.typing import Array, Float, Int
 
 MASKED = -1e9  # added to scores that must not count; finite, so that a row without any key has no NaN
 
 
 class KV(NamedTuple):
-    """Keys and values: (B, S, K, H), or (S, K, H) when all rows share them."""
+    """Keys and values: (B, S, K, H); (S, K, H), or a B of 1, when all rows share them."""
 
     keys: Array
     values: Array
@@ -45,7 +45,9 @@ def attend(
     """
     batch, length, heads, width = query.shape
     kv_heads = segments[0].kv.keys.shape[-2]
-    if length == 1:  # a decoding step: its scores are smaller than the cache, which joining would copy
+    # A decoding step's scores are smaller than the cache, which joining would copy; so are those of a few rows that
+    # share a text, such as the beams of one source.
+    if length == 1 or any(kv.keys.ndim == 4 and len(kv.keys) != batch for kv, _ in segments):
         return _attend_apart(query, segments, scale, dropout)
     # Heads in front, so that every product below is a matrix product that needs no transposed copy of the weights.
     grouped = (query * scale).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
@@ -121,6 +123,7 @@ def _attend_apart(
     batch, length, heads, width = query.shape
     kv_heads = segments[0].kv.keys.shape[-2]
     grouped = (query * scale).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    segments = [Segment(_without_row(kv) if len(kv.keys) == 1 != batch else kv, bias) for kv, bias in segments]
     scores = []
     for (keys, _), bias in segments:
         rows = "b" if keys.ndim == 4 else ""
@@ -140,6 +143,10 @@ def _attend_apart(
     return result.reshape(query.shape)
 
 
+def _without_row(kv: KV) -> KV:
+    return KV(*(a[0] if a.ndim == 4 else a for a in kv))
+
+
 def causal_bias(length: int, dtype: jnp.dtype = jnp.float32) -> Float[Array, "1 1 T T"]:
     """Returns the bias that hides from each position what comes after it."""
     return jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, MASKED).astype(dtype)[None, None]
@@ -154,6 +161,23 @@ def append(buffer: KV, new: KV, t: Array | int) -> KV:
     """Returns the buffer (B, G, K, H) with new keys and values (B, U, K, H) written from slot `t` on."""
     write = jax.lax.dynamic_update_slice_in_dim
     return KV(write(buffer.keys, new.keys, t, axis=1), write(buffer.values, new.values, t, axis=1))
+
+
+def front_bias(vectors: int, length: Array | int | None) -> Float[Array, "1 1 1 M"] | None:
+    """Returns the bias that hides all but the last `length` of a prompt's vectors; `None` where none is hidden."""
+    return None if length is None else mask_bias(jnp.arange(vectors)[None] >= vectors - length)
+
+
+def select_beams(cache: Any, parents: Int[Array, "K"]) -> Any:
+    """Returns a cache whose beam k goes on from what beam `parents[k]` has written.
+
+    Only keys and values of new tokens (`new` of each layer, beams on axis -4) move: those before them are shared.
+    """
+
+    def selected(layer: Any) -> Any:
+        return layer._replace(new=KV(*(jnp.take(a, parents, axis=-4) for a in layer.new)))
+
+    return cache._replace(layers=jax.tree.map(selected, cache.layers, is_leaf=lambda node: hasattr(node, "new")))
 
 
 def step_bias(length: int, slots: int, t: Array | int) -> Float[Array, "1 1 U G"]:

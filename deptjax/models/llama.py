@@ -8,7 +8,8 @@ the rotary embedding (arXiv 2104.09864).
 
 Nothing in a prompt that comes first sees the text behind it, so when the prompt is the same for all rows it travels
 through the blocks as a stream of its own, (M, D) beside (B, T, D): M positions a batch instead of M a row, exact, and
-gradients included. Every row attends to its keys and values.
+gradients included. Every row attends to its keys and values. For inference these keys and values are a thing of their
+own, the prompt's `Front`, made once and given to `start` with every text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.attention import KV, Segment, append, attend, causal_bias, mask_bias, step_bias
+from deptjax.models.attention import KV, Segment, append, attend, causal_bias, front_bias, mask_bias, step_bias
 from deptjax.typing import Array, Bool, Float, Int
 
 
@@ -107,18 +108,37 @@ def rotate(x: Float[Array, "*B T N H"], rope: tuple[Array, Array]) -> Float[Arra
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer: of the shared prompt (M, K, H) if any, of the text, of the new tokens."""
+    """Keys and values of one layer: of the text, and of the new tokens.
 
-    prompt: KV | None
+    With beams the text's have one row, which all beams share, and those of the new tokens a row a beam.
+    """
+
     source: KV
     new: KV
+
+
+class Past(NamedTuple):
+    """What a layer attends to beside the stream itself: the prompt's keys and values (M, K, H), and its cache."""
+
+    prompt: KV | None
+    cache: LayerCache | None
+
+
+class Front(NamedTuple):
+    """What a prompt is to the texts behind it: keys and values (M, K, H) a layer, and how many of the M are real.
+
+    The real ones come last; a `length` of `None` says that all are.
+    """
+
+    layers: Any
+    length: Int[Array, ""] | None
 
 
 class Cache(NamedTuple):
     """What decoding needs of the past: one `LayerCache` a layer, which source keys are real, and where rows go on."""
 
     layers: Any
-    source_bias: Float[Array, "B 1 1 S"]
+    source_bias: Float[Array, "B 1 1 T"]
     next_position: Int[Array, "B"]
 
 
@@ -141,8 +161,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, prompt: Array | None, context: Context, cache: LayerCache | None
-    ) -> tuple[Array, Array | None, KV, KV | None]:
+        self, x: Array, prompt: Array | None, context: Context, past: Past | None
+    ) -> tuple[Array, Array | None, KV]:
         c = self.config
         heads = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
         project = {
@@ -161,17 +181,18 @@ class Attention(nn.Module):
             return out(mixed.reshape(*mixed.shape[:-2], -1))
 
         query, kv = qkv(x, context.rope)
-        if cache is not None:
-            new = append(cache.new, kv, context.step)
-            shared = [] if cache.prompt is None else [Segment(cache.prompt)]
-            past = [Segment(cache.source, context.source_bias), Segment(new, context.bias)]
-            return mix(query, shared + past), None, new, cache.prompt
+        if past is not None:
+            seen = [] if past.prompt is None else [Segment(past.prompt, context.prompt_bias)]
+            if past.cache is not None:
+                seen.append(Segment(past.cache.source, context.source_bias))
+                kv = append(past.cache.new, kv, context.step)
+            return mix(query, [*seen, Segment(kv, context.bias)]), None, kv
         if prompt is None:
-            return mix(query, [Segment(kv, context.bias)]), None, kv, None
+            return mix(query, [Segment(kv, context.bias)]), None, kv
         assert context.prompt_rope is not None
         prompt_query, prompt_kv = qkv(prompt, context.prompt_rope)
         prompt = mix(prompt_query[None], [Segment(prompt_kv, context.prompt_bias)])[0]
-        return mix(query, [Segment(prompt_kv), Segment(kv, context.bias)]), prompt, kv, prompt_kv
+        return mix(query, [Segment(prompt_kv), Segment(kv, context.bias)]), prompt, kv
 
 
 class MLP(nn.Module):
@@ -198,13 +219,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: tuple[Array, Array | None], context: Context, cache: LayerCache | None
-    ) -> tuple[tuple[Array, Array | None], tuple[KV, KV | None]]:
+        self, streams: tuple[Array, Array | None], context: Context, past: Past | None
+    ) -> tuple[tuple[Array, Array | None], KV]:
         c = self.config
         norm = layers.RMSNorm(c.norm_eps, name="pre_attention_norm")
         x, prompt = streams
-        mixed, mixed_prompt, kv, prompt_kv = Attention(c, self.sites, name="attention")(
-            norm(x), None if prompt is None else norm(prompt), context, cache
+        mixed, mixed_prompt, kv = Attention(c, self.sites, name="attention")(
+            norm(x), None if prompt is None else norm(prompt), context, past
         )
         fill = layers.residual_fill(self.sites, "attention", c.width)
         x = x + fill(mixed)
@@ -216,7 +237,7 @@ class Block(nn.Module):
         present = [s for s in (x, prompt) if s is not None]
         results = mlp(*(norm(s) for s in present))
         present = [s + fill(y) for s, y in zip(present, results, strict=True)]
-        return (present[0], present[1] if len(present) > 1 else None), (kv, prompt_kv)
+        return (present[0], present[1] if len(present) > 1 else None), kv
 
 
 class Llama(nn.Module):
@@ -267,50 +288,100 @@ class Llama(nn.Module):
         """
         lengths = jnp.sum(source_mask, axis=1)
         joined = self._join(source, lengths, targets[:, :-1])
-        states, offset, _ = self._run(joined, prompt)
+        states, offset = self._run(joined, prompt)
         places = offset + (lengths - 1)[:, None] + jnp.arange(targets.shape[1])[None]
         return self.final_norm(jnp.take_along_axis(states, places[..., None], axis=1))
+
+    def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
+        """Returns what the last `length` vectors of a prompt (all of them by default) are to any text behind them."""
+        count = prompt.shape[0]
+        bias, hidden = causal_bias(count), front_bias(count, length)
+        positions = jnp.arange(count) - (0 if length is None else count - length)
+        context = Context(
+            rope=rope_angles(positions, rope_frequencies(self.config)), bias=bias if hidden is None else bias + hidden
+        )
+        _, kvs = self._blocks((prompt[None], None), context, None)
+        axis = 1 if self.config.scan_layers else 0  # of the one row
+        return Front(jax.tree.map(lambda a: jnp.squeeze(a, axis), kvs), length)
 
     def start(
         self,
         source: Float[Array, "B T D"],
         source_mask: Bool[Array, "B T"],
-        prompt: Float[Array, "*B M D"] | None,
+        front: Front | None,
         max_new: int,
+        beams: int = 1,
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Returns the state that predicts the first new token, and a cache with room for `max_new` tokens."""
+        """Returns the state that predicts the first new token, and a cache with room for `max_new` tokens.
+
+        With more than one of `beams` B is 1, and the new tokens come in as many rows.
+        """
         c = self.config
         lengths = jnp.sum(source_mask, axis=1)
-        states, offset, kvs = self._run(source, prompt)
-        last = jnp.take_along_axis(states, (offset + lengths - 1)[:, None, None], axis=1)[:, 0]
-        room = (source.shape[0], max_new, c.num_kv_heads, c.head_dim)
-        stacked = (c.num_layers,) if c.scan_layers else ()
+        first = self._positions_of(front)
+        context = Context(
+            rope=rope_angles(first + jnp.arange(source.shape[1]), rope_frequencies(c)),
+            bias=causal_bias(source.shape[1]),
+            prompt_bias=self._bias_of(front),
+        )
+        (states, _), kvs = self._blocks((source, None), context, self._past(front, None))
+        last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        room = (
+            *((c.num_layers,) if c.scan_layers else ()),
+            source.shape[0] * beams,
+            max_new,
+            c.num_kv_heads,
+            c.head_dim,
+        )
 
-        def layer_cache(kv: KV, prompt_kv: KV | None) -> LayerCache:
-            return LayerCache(prompt_kv, kv, KV(*(jnp.zeros(stacked + room, a.dtype) for a in kv)))
+        def with_room(kv: KV) -> LayerCache:
+            return LayerCache(kv, KV(jnp.zeros(room, c.dtype), jnp.zeros(room, c.dtype)))
 
-        caches = layer_cache(*kvs) if c.scan_layers else tuple(layer_cache(*kv) for kv in kvs)
-        in_front = jnp.ones((source.shape[0], offset), bool)
-        bias = mask_bias(jnp.concatenate([in_front, source_mask], axis=1))
-        shared = 0 if prompt is None or prompt.ndim == 3 else prompt.shape[0]
-        return self.final_norm(last), Cache(caches, bias, shared + offset + lengths)
+        layer_caches = with_room(kvs) if c.scan_layers else tuple(map(with_room, kvs))
+        return self.final_norm(last), Cache(layer_caches, mask_bias(source_mask), first + lengths)
 
-    def extend(self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int) -> tuple[Float[Array, "B U D"], Cache]:
-        """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them."""
+    def extend(
+        self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int, front: Front | None = None
+    ) -> tuple[Float[Array, "B U D"], Cache]:
+        """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them.
+
+        `front` is that which `start` was given.
+        """
         slots = jax.tree.leaves(cache.layers)[-1].shape[-3]
         positions = cache.next_position[:, None] + t + jnp.arange(tokens.shape[1])[None]
         context = Context(
             rope=rope_angles(positions, rope_frequencies(self.config)),
             bias=step_bias(tokens.shape[1], slots, t),
+            prompt_bias=self._bias_of(front),
             source_bias=cache.source_bias,
             step=t,
         )
-        (states, _), kvs = self._blocks((self.embed(tokens), None), context, cache.layers)
+        (states, _), new = self._blocks((self.embed(tokens), None), context, self._past(front, cache))
         if self.config.scan_layers:
-            caches = cache.layers._replace(new=kvs[0])
+            caches = cache.layers._replace(new=new)
         else:
-            caches = tuple(old._replace(new=new) for old, (new, _) in zip(cache.layers, kvs, strict=True))
+            caches = tuple(old._replace(new=kv) for old, kv in zip(cache.layers, new, strict=True))
         return self.final_norm(states), cache._replace(layers=caches)
+
+    def _past(self, front: Front | None, cache: Cache | None) -> Any:
+        """Returns what each layer attends to beside the stream: a `Past` a layer, or one of stacked arrays."""
+        prompts = None if front is None else front.layers
+        caches = None if cache is None else cache.layers
+        if self.config.scan_layers:
+            return Past(prompts, caches)
+        nothing = (None,) * self.config.num_layers
+        return tuple(map(Past, prompts or nothing, caches or nothing))
+
+    @staticmethod
+    def _bias_of(front: Front | None) -> Array | None:
+        return None if front is None else front_bias(_vectors(front), front.length)
+
+    @staticmethod
+    def _positions_of(front: Front | None) -> Array | int:
+        """Returns how many positions a prompt takes: that of the text's first token."""
+        if front is None:
+            return 0
+        return _vectors(front) if front.length is None else front.length
 
     def _join(self, source: Array, lengths: Array, tokens: Array) -> Array:
         """Returns source embeddings with the embedded tokens right behind each row's last real source token."""
@@ -322,11 +393,11 @@ class Llama(nn.Module):
         places = jnp.where(behind < 0, column, jnp.minimum(source.shape[1] + behind, both.shape[1] - 1))
         return jnp.take_along_axis(both, places[..., None], axis=1)
 
-    def _run(self, x: Array, prompt: Array | None) -> tuple[Array, int, Any]:
+    def _run(self, x: Array, prompt: Array | None) -> tuple[Array, int]:
         """Runs the blocks over text (B, T, D) behind a prompt.
 
-        Returns the states, the number of leading columns in them that are a prompt of each row's own, and each layer's
-        keys and values. Rows are padded on the right, so causality alone hides the padding.
+        Returns the states, and the number of leading columns in them that are a prompt of each row's own. Rows are
+        padded on the right, so causality alone hides the padding.
         """
         frequencies = rope_frequencies(self.config)
         offset = 0
@@ -339,14 +410,20 @@ class Llama(nn.Module):
             prompt_rope=None if prompt is None else rope_angles(jnp.arange(shared), frequencies),
             prompt_bias=None if prompt is None else causal_bias(shared),
         )
-        (x, _), kvs = self._blocks((x, prompt), context, None)
-        return x, offset, kvs
+        (x, _), _ = self._blocks((x, prompt), context, None)
+        return x, offset
 
-    def _blocks(self, streams: tuple[Array, Array | None], context: Context, caches: Any) -> tuple[Any, Any]:
+    def _blocks(self, streams: tuple[Array, Array | None], context: Context, past: Any) -> tuple[Any, Any]:
+        """Returns the streams behind the last block, and the text's keys and values: a `KV` a layer, or one stacked."""
         if self.config.scan_layers:
-            return self.layers(streams, context, caches)
+            return self.layers(streams, context, past)
         kvs = []
         for i, block in enumerate(self.layers):
-            streams, kv = block(streams, context, None if caches is None else caches[i])
+            streams, kv = block(streams, context, None if past is None else past[i])
             kvs.append(kv)
-        return streams, kvs
+        return streams, tuple(kvs)
+
+
+def _vectors(front: Front) -> int:
+    """Returns M, the vectors of a prompt, real or not."""
+    return int(jax.tree.leaves(front.layers)[0].shape[-3])

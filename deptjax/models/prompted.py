@@ -13,7 +13,7 @@ gradients can be taken of `trainable` alone.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from deptjax.errors import UserError
 from deptjax.methods.base import SITE, Method, Vocabulary
 from deptjax.models.backbone import Backbone
-from deptjax.typing import Array, Float, Int, Key, Tokens, Tree
+from deptjax.typing import Array, Bool, Float, Int, Key, Tokens, Tree
 
 
 def merge_trees(frozen: Tree, inner: Tree) -> Tree:
@@ -64,6 +64,13 @@ def check_context(backbone: Backbone, method: Method, source_length: int, target
         )
 
 
+class RowCache(NamedTuple):
+    """What decoding keeps of one text: the backbone's cache, and the prompt's front where `start` had to make it."""
+
+    front: Any
+    backbone: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptedModel:
     """A backbone's module with a method in its sites. Holds no parameters: every function takes both trees.
@@ -71,8 +78,8 @@ class PromptedModel:
     Attributes:
       module: the backbone's Linen module, its sites filled.
       method: the method, resolved for the width of the backbone.
-      share_prompt: on causal backbones, compute a prompt that is the same for all rows once a batch; `False` puts a
-        copy in front of each row. Same result, more work: kept for comparison.
+      share_prompt: in training on causal backbones, compute a prompt that is the same for all rows once a batch;
+        `False` puts a copy in front of each row. Same result, more work: kept for comparison.
     """
 
     module: nn.Module
@@ -135,31 +142,57 @@ class PromptedModel:
         )
         return self._apply(variables, states, vocab_ids, method="head")
 
+    def front(self, trainable: Tree, frozen: Tree, length: Int[Array, ""] | None = None) -> Any:
+        """Returns what the method's prompt is to every text, a pytree for `start`, or `None`.
+
+        On a causal backbone these are the prompt's keys and values: no offset touches them, no text changes them. It is
+        `None` for a method that has no prompt, or one that depends on the text. Only the last `length` vectors of the
+        prompt are real; by default all are.
+        """
+        fill = self.method.sites().input
+        if fill is None:
+            return None
+        nothing = self._apply(self._variables(trainable, frozen), jnp.zeros((1, 0), jnp.int32), method="embed")
+        prompt, _ = fill.apply({"params": trainable["input"]}, nothing, method="streams")
+        if prompt is None or prompt.ndim == 3:
+            return None
+        return self._apply(self._variables(trainable, frozen), prompt, length, method="front")
+
     def start(
         self,
         trainable: Tree,
         frozen: Tree,
-        source: Tokens,
-        source_mask: Array,
+        front: Any,
+        source: Int[Array, "T"],
+        source_mask: Bool[Array, "T"],
         max_new: int,
+        beams: int = 1,
         vocab_ids: Int[Array, "C"] | None = None,
-    ) -> tuple[Float[Array, "B V"], Any]:
-        """Returns float32 logits (B, V) of the first new token, or (B, C) over `vocab_ids`, and the cache."""
-        embeds, mask, prompt = self._source(trainable, frozen, source, source_mask)
+    ) -> tuple[Float[Array, "V"], RowCache]:
+        """Returns float32 logits (V,) of the first new token, or (C,) over `vocab_ids`, and the cache.
+
+        Of one text: `deptjax.inference.rows` maps it over the rows of a batch, which may then differ in `trainable`
+        and `front`. The cache has room for `max_new` tokens of each of the `beams`, which share all that is before.
+        """
+        embeds, mask, prompt = self._source(trainable, frozen, source[None], source_mask[None])
         variables = self._variables(trainable, frozen)
-        state, cache = self._apply(variables, embeds, mask, prompt, max_new, method="start")
-        return self._apply(variables, state, vocab_ids, method="head"), cache
+        own = None
+        if front is None and prompt is not None:
+            own = front = self._apply(variables, prompt[0] if prompt.ndim == 3 else prompt, method="front")
+        state, cache = self._apply(variables, embeds, mask, front, max_new, beams, method="start")
+        return self._apply(variables, state[0], vocab_ids, method="head"), RowCache(own, cache)
 
     def extend(
-        self, trainable: Tree, frozen: Tree, cache: Any, tokens: Int[Array, "B U"], t: Array | int
-    ) -> tuple[Float[Array, "B U V"], Any]:
-        """Returns float32 logits (B, U, V) behind each of the new tokens, and the cache with them.
+        self, trainable: Tree, frozen: Tree, front: Any, cache: RowCache, tokens: Int[Array, "K U"], t: Array | int
+    ) -> tuple[Float[Array, "K U V"], RowCache]:
+        """Returns float32 logits (K, U, V) behind each new token of each beam, and the cache with them.
 
-        New tokens get neither prompt nor offset: those belong to the source.
+        `front` as given to `start`. New tokens get neither prompt nor offset: those belong to the source.
         """
         variables = self._variables(trainable, frozen)
-        states, cache = self._apply(variables, cache, tokens, t, method="extend")
-        return self._apply(variables, states, method="head"), cache
+        front = cache.front if front is None else front
+        states, backbone_cache = self._apply(variables, cache.backbone, tokens, t, front, method="extend")
+        return self._apply(variables, states, method="head"), cache._replace(backbone=backbone_cache)
 
     def _source(self, trainable: Tree, frozen: Tree, tokens: Array, mask: Array) -> tuple[Array, Array, Array | None]:
         tokens, mask = left_aligned(tokens, mask)

@@ -27,7 +27,7 @@ import numpy as np
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.attention import KV, Segment, append, attend, mask_bias, step_bias
+from deptjax.models.attention import KV, Segment, append, attend, front_bias, mask_bias, step_bias
 from deptjax.typing import Array, Bool, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -133,10 +133,23 @@ class RelativePositionBias(nn.Module):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one decoder layer: of the encoder's result, and of the start token and the new tokens."""
+    """Keys and values of one decoder layer: of the encoder's result, and of the start token and the new tokens.
+
+    With beams those of the encoder's result have one row, which all beams share, and the others a row a beam.
+    """
 
     source: KV | None
     new: KV
+
+
+class Front(NamedTuple):
+    """A prompt (M, D) before it meets a text, and how many of its vectors, the last ones, are real (`None`: all).
+
+    An encoder looks both ways, so nothing of a prompt can be computed ahead.
+    """
+
+    prompt: Float[Array, "M D"]
+    length: Int[Array, ""] | None
 
 
 class Cache(NamedTuple):
@@ -418,26 +431,41 @@ class T5(nn.Module):
         shifted = self.embed(jnp.concatenate([start, targets[:, :-1]], axis=1))
         return self.decoder(shifted, encoded, source_bias, deterministic=deterministic)[0]
 
+    def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
+        """Returns the prompt, with the number of its vectors, the last ones, that are real (by default all)."""
+        return Front(prompt, length)
+
     def start(
         self,
         source: Float[Array, "B T D"],
         source_mask: Bool[Array, "B T"],
-        prompt: Float[Array, "*B M D"] | None,
+        front: Front | None,
         max_new: int,
+        beams: int = 1,
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Returns the state that predicts the first new token, and a cache with room for `max_new` tokens."""
+        """Returns the state that predicts the first new token, and a cache with room for `max_new` tokens.
+
+        With more than one of `beams` B is 1, and the new tokens come in as many rows.
+        """
         c = self.config
-        encoded, source_bias = self._encode(source, source_mask, prompt, deterministic=True)
+        prompt, length = (None, None) if front is None else front
+        encoded, source_bias = self._encode(source, source_mask, prompt, deterministic=True, prompt_length=length)
         stacked = (c.num_decoder_layers,) if c.scan_layers else ()
-        room = (*stacked, source.shape[0], max_new + 1, c.num_heads, c.head_dim)
+        rows = source.shape[0] * beams
+        room = (*stacked, rows, max_new + 1, c.num_heads, c.head_dim)
         empty = LayerCache(None, KV(jnp.zeros(room, c.dtype), jnp.zeros(room, c.dtype)))
         caches = empty if c.scan_layers else (empty,) * c.num_decoder_layers
-        first = self.embed(jnp.full((source.shape[0], 1), c.decoder_start_token, jnp.int32))
+        first = self.embed(jnp.full((rows, 1), c.decoder_start_token, jnp.int32))
         states, caches = self.decoder(first, encoded, source_bias, caches, 0)
-        return states[:, 0], Cache(caches, source_bias)
+        return states[: source.shape[0], 0], Cache(caches, source_bias)
 
-    def extend(self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int) -> tuple[Float[Array, "B U D"], Cache]:
-        """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them."""
+    def extend(
+        self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int, front: Front | None = None
+    ) -> tuple[Float[Array, "B U D"], Cache]:
+        """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them.
+
+        The encoder has read the prompt, so nothing is asked of `front`.
+        """
         states, kvs = self.decoder(self.embed(tokens), None, cache.source_bias, cache.layers, t + 1)
         if self.config.scan_layers:
             caches = cache.layers._replace(new=kvs.new)
@@ -446,12 +474,20 @@ class T5(nn.Module):
         return states, cache._replace(layers=caches)
 
     def _encode(
-        self, source: Array, source_mask: Array, prompt: Array | None, deterministic: bool
+        self,
+        source: Array,
+        source_mask: Array,
+        prompt: Array | None,
+        deterministic: bool,
+        prompt_length: Array | None = None,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B 1 1 S"]]:
         """Returns the encoder's states of the prompt and the source, S = M + T, and the bias that hides padding."""
+        bias = mask_bias(source_mask)
         if prompt is not None:
             rows = (source.shape[0], *prompt.shape[-2:])
             source = jnp.concatenate([jnp.broadcast_to(prompt.astype(source.dtype), rows), source], axis=1)
-            source_mask = jnp.concatenate([jnp.ones(rows[:2], bool), source_mask], axis=1)
-        bias = mask_bias(source_mask)
+            hidden = front_bias(rows[1], prompt_length)
+            in_front = (rows[0], 1, 1, rows[1])
+            hidden = jnp.zeros(in_front) if hidden is None else jnp.broadcast_to(hidden, in_front)
+            bias = jnp.concatenate([hidden, bias], axis=3)
         return self.encoder(source, bias, deterministic), bias

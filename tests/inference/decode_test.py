@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from deptjax.inference.decode import greedy
+from deptjax.inference.rows import Rows, extend_rows, start_rows
 from deptjax.methods import ZeroShot
 from deptjax.models.prompted import PromptedModel
-from deptjax.typing import Tree
 from tests.cases import Case, backbone_of, case_of, padded, rows_of
 
 LENGTHS, NEW, PAD = (7, 3, 5, 1), 6, 0
@@ -52,7 +52,7 @@ def ended(tokens: np.ndarray, eos: int) -> np.ndarray:
 
 def decode(case: Case, side: str = "right", length: int = 8, rows: slice = slice(None), eos: int = -1) -> np.ndarray:
     source, mask = padded(rows_of(LENGTHS)[rows], length, side)
-    return np.asarray(greedy(case.model, case.moved, case.frozen, source, mask, max_new=NEW, eos_id=eos, pad_id=PAD))
+    return np.asarray(greedy(case.model, case.frozen, case.rows, source, mask, max_new=NEW, eos_id=eos, pad_id=PAD))
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
@@ -91,7 +91,7 @@ def test_the_loop_stops_when_all_rows_have_ended() -> None:
     case = tuned("llama", "dept")
     source, mask = padded(rows_of(LENGTHS)[:1], 8)
     first = int(without_cache("llama", "dept")[0, 0])
-    run = greedy(case.model, case.moved, case.frozen, source, mask, max_new=20_000, eos_id=first, pad_id=PAD)
+    run = greedy(case.model, case.frozen, case.rows, source, mask, max_new=20_000, eos_id=first, pad_id=PAD)
     assert run.shape == (1, 20_000)
     np.testing.assert_array_equal(run[0, :3], [first, PAD, PAD])
     assert not np.any(run[0, 1:])
@@ -103,7 +103,7 @@ def test_one_program_for_a_shape_of_the_source() -> None:
     before = greedy._cache_size()
     for seed in range(3):
         source, mask = padded(rows_of(LENGTHS, seed), 8)
-        greedy(case.model, case.moved, case.frozen, source, mask, max_new=NEW, eos_id=-1, pad_id=PAD)
+        greedy(case.model, case.frozen, case.rows, source, mask, max_new=NEW, eos_id=-1, pad_id=PAD)
     assert greedy._cache_size() == before
 
 
@@ -115,11 +115,11 @@ def test_extend_takes_several_tokens_at_once(family: str) -> None:
     tokens = jnp.asarray(np.stack(rows_of([6] * 4, seed=5)))
 
     @jax.jit
-    def in_two_parts(trainable: Tree) -> jax.Array:
-        _, cache = case.model.start(trainable, case.frozen, source, mask, 5)
-        first, cache = case.model.extend(trainable, case.frozen, cache, tokens[:, :3], 0)
-        second, _ = case.model.extend(trainable, case.frozen, cache, tokens[:, 3:5], 3)
-        return jnp.concatenate([first, second], axis=1)
+    def in_two_parts(rows: Rows) -> jax.Array:
+        _, cache = start_rows(case.model, case.frozen, rows, source, mask, 5)
+        first, cache = extend_rows(case.model, case.frozen, rows, cache, tokens[:, None, :3], 0)
+        second, _ = extend_rows(case.model, case.frozen, rows, cache, tokens[:, None, 3:5], 3)
+        return jnp.concatenate([first[:, 0], second[:, 0]], axis=1)
 
     whole = case.logits(case.moved, case.frozen, {"source": source, "source_mask": mask, "targets": tokens})
-    np.testing.assert_allclose(in_two_parts(case.moved), whole[:, 1:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(in_two_parts(case.rows), whole[:, 1:], rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from deptjax.errors import UserError
+from deptjax.inference.rows import Rows, extend_rows, start_rows
 from deptjax.methods import AttentionSite, DePT, LoRA, Method, ResidualSite, Sites
 from deptjax.methods.base import SITE
 from deptjax.models.prompted import PromptedModel, merge_trees, site_leaves
@@ -234,15 +235,16 @@ def test_with_every_site_filled_decoding_is_teacher_forcing(family: str, scan: b
     whole = case.logits(case.moved, case.frozen, batch)
 
     @jax.jit
-    def stepwise(trainable: Tree) -> Array:
-        logits, cache = case.model.start(trainable, case.frozen, batch["source"], batch["source_mask"], 3)
+    def stepwise(rows: Rows) -> Array:
+        logits, cache = start_rows(case.model, case.frozen, rows, batch["source"], batch["source_mask"], 3)
         results = [logits]
         for t in range(2):
-            logits, cache = case.model.extend(trainable, case.frozen, cache, batch["targets"][:, t : t + 1], t)
-            results.append(logits[:, 0])
+            tokens = batch["targets"][:, None, t : t + 1]
+            logits, cache = extend_rows(case.model, case.frozen, rows, cache, tokens, t)
+            results.append(logits[:, 0, 0])
         return jnp.stack(results, axis=1)
 
-    np.testing.assert_allclose(stepwise(case.moved), whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stepwise(case.rows), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_group_without_a_rate_is_an_error() -> None:

@@ -135,16 +135,44 @@ def states_of(module: nn.Module) -> Callable[..., Array]:
     return jax.jit(lambda params, *args: module.apply({"params": params}, *args, method="target_states"))
 
 
+def by_rows(module: nn.Module, prompt: Any, max_new: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns `start(params, source, mask)` and `extend(params, cache, tokens, t)`: of one row, mapped over a batch.
+
+    A prompt (B, M, D) gives each row its own front; one of (M, D) all rows the same.
+    """
+    apart = None if prompt is None or prompt.ndim == 2 else 0
+
+    def front_of(params: Tree, own: Any) -> Any:
+        return None if own is None else module.apply({"params": params}, own, method="front")
+
+    def start(params: Tree, source: Array, mask: Array) -> Any:
+        def one(row: Array, real: Array, own: Any) -> Any:
+            front = front_of(params, own)
+            state, cache = module.apply({"params": params}, row[None], real[None], front, max_new, method="start")
+            return state[0], cache
+
+        return jax.vmap(one, (0, 0, apart))(source, mask, prompt)
+
+    def extend(params: Tree, cache: Any, tokens: Array, t: Any) -> Any:
+        def one(cache: Any, tokens: Array, own: Any) -> Any:
+            front = front_of(params, own)
+            states, cache = module.apply({"params": params}, cache, tokens[None], t, front, method="extend")
+            return states[0], cache
+
+        return jax.vmap(one, (0, 0, apart))(cache, tokens, prompt)
+
+    return start, extend
+
+
 def stepwise(module: nn.Module, params: Tree, source: Array, mask: Array, prompt: Any, targets: Array) -> Array:
     """Returns what `target_states` should: from `start`, then `extend` by one, by several, and by one token."""
-    variables, length = {"params": params}, targets.shape[1]
-    start = jax.jit(lambda v, *args: module.apply(v, *args, length, method="start"))
-    extend = jax.jit(lambda v, *args: module.apply(v, *args, method="extend"))
-    state, cache = start(variables, source, mask, prompt)
+    length = targets.shape[1]
+    start, extend = (jax.jit(f) for f in by_rows(module, prompt, length))
+    state, cache = start(params, source, mask)
     states = [state[:, None]]
     for t, size in ((0, 1), (1, length - 3), (length - 2, 1)):
         before = jax.tree.map(lambda a: (a.shape, a.dtype), cache)
-        some, cache = extend(variables, cache, targets[:, t : t + size], t)
+        some, cache = extend(params, cache, targets[:, t : t + size], t)
         assert jax.tree.map(lambda a: (a.shape, a.dtype), cache) == before
         states.append(some)
     return jnp.concatenate(states, axis=1)
@@ -154,18 +182,18 @@ def greedy(module: nn.Module, params: Tree, source: Array, mask: Array, prompt: 
     """Returns (B, steps) greedy tokens; the cache is carried by a `lax.while_loop`."""
 
     def run(params: Tree) -> Array:
-        variables = {"params": params}
+        start, extend = by_rows(module, prompt, steps)
 
         def head(state: Array) -> Array:
-            return jnp.argmax(module.apply(variables, state, method="head"), axis=-1).astype(jnp.int32)
+            return jnp.argmax(module.apply({"params": params}, state, method="head"), axis=-1).astype(jnp.int32)
 
         def body(carry: Any) -> Any:
             t, tokens, token, cache = carry
             tokens = tokens.at[:, t].set(token)
-            states, cache = module.apply(variables, cache, token[:, None], t, method="extend")
+            states, cache = extend(params, cache, token[:, None], t)
             return t + 1, tokens, head(states[:, 0]), cache
 
-        state, cache = module.apply(variables, source, mask, prompt, steps, method="start")
+        state, cache = start(params, source, mask)
         tokens = jnp.zeros((source.shape[0], steps), jnp.int32)
         return jax.lax.while_loop(lambda carry: carry[0] < steps, body, (0, tokens, head(state), cache))[1]
 
