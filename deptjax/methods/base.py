@@ -100,6 +100,12 @@ class Method:
     tunes_backbone: ClassVar[bool] = False
     """True when the backbone's own parameters are trained: then they are moved from `frozen` to `trainable`."""
 
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields that are sizes of parameters; zeros beyond a smaller size change nothing (see `deptjax.methods.room`)."""
+
+    free: ClassVar[tuple[str, ...]] = ()
+    """Fields that say how training starts, or that `scales` accounts for: they may differ between stacked prompts."""
+
     def sites(self) -> Sites:
         """Returns what fills each site."""
         return Sites()
@@ -131,6 +137,10 @@ class Method:
         (`Backbone.prompt_lr`).
         """
         raise NotImplementedError
+
+    def scales(self) -> dict[str, float]:
+        """Returns, by the name of a parameter, the constant that the method's formula multiplies it with."""
+        return {}
 
     def positions_in_front(self) -> int:
         """Returns how many positions the method puts in front of a text."""

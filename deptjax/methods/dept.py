@@ -5,10 +5,10 @@
     input = [P; E']                      M + T rows instead of 100 + T for a vanilla soft prompt
 
 Shi and Lipani, "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning", ICLR 2024, arXiv 2309.05173.
-The paper's formula has c = 1; the authors' code uses c = alpha / sqrt(R) with alpha = 8, which is the default here.
-With B = 0 at the start, DePT begins as prompt tuning with M vectors. The prompt and the pair (A, B) have learning
-rates of their own. Where the authors' code pads every text to X tokens and shifts offsets with the padding, here row i
-is always token i of the real text, whatever the padding, and only source tokens have an offset.
+The paper's formula has c = 1; the authors' code uses c = alpha / sqrt(R) with alpha = 8, the default here. B = 0 at the
+start: DePT begins as prompt tuning with M vectors. P and the pair (A, B) have learning rates of their own. Where the
+authors' code pads every text to X tokens and shifts offsets with the padding, here row i is always token i of the real
+text, and only source tokens have an offset.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def rank_for_budget(prompt_length: int, max_length: int, width: int, budget: int
     rank = (budget - prompt_length * width) // (max_length + width)
     if rank >= 1:
         return rank
-    told = f"prompt_length {prompt_length} leaves no room for a rank of 1 in {budget} parameters"
-    raise UserError(f"{told}; shorten prompt_length, or set rank or budget")
+    raise UserError(
+        f"prompt_length {prompt_length} and a rank of 1 exceed {budget} parameters; shorten it, or set budget"
+    )
 
 
 def scaling_factor(scaling: str | float, alpha: float, rank: int) -> float:
@@ -90,6 +91,8 @@ class DePT(InputMethod):
     """
 
     kind = "dept"
+    sizes = ("prompt_length", "rank", "max_length")
+    free = ("alpha", "scaling", "budget", "prompt_init", "prompt_text")
 
     prompt_length: int = 40
     rank: int | None = None
@@ -99,10 +102,6 @@ class DePT(InputMethod):
     budget: int | None = None
     prompt_init: str = "text"
     prompt_text: str = initializers.DEFAULT_TEXT
-
-    def __post_init__(self) -> None:
-        self.check_positive("prompt_length", "rank", "max_length", "budget")
-        super().__post_init__()
 
     def rank_at(self, width: int) -> int:
         """Returns R for embeddings of this width: `rank` if it was given, else what the budget allows."""
@@ -128,8 +127,7 @@ class DePT(InputMethod):
         a = self.param("lora_a", uniform_a, (self.max_length, rank))
         b = self.param("lora_b", nn.initializers.zeros, (rank, width))
         if positions is None and embeds.shape[1] > self.max_length:
-            told = f"a text of {embeds.shape[1]} tokens is longer than max_length {self.max_length}"
-            raise UserError(f"{told}; raise max_length")
+            raise UserError(f"{embeds.shape[1]} tokens are more than max_length {self.max_length}; raise max_length")
         if positions is None:
             rows = a[: embeds.shape[1]]
         else:  # an index outside of A gets zeros: no offset for padding, none behind max_length
@@ -143,6 +141,9 @@ class DePT(InputMethod):
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         # 5e-3 is the first of the authors' low-rank rates on T5; where embeddings are small, so must the offsets be.
         return {"prompt": prompt_lr, "low_rank": min(5e-3, 1.25 * prompt_lr)}
+
+    def scales(self) -> dict[str, float]:
+        return {"lora_b": scaling_factor(self.scaling, self.alpha, self.rank or 1)}
 
     def source_limit(self) -> int:
         return self.max_length

@@ -14,6 +14,13 @@ from deptjax.typing import Array, Bool, Float, Int, Key, Tree
 class InputMethod(Method, nn.Module):
     """A method that is itself the Linen module of the `input` site. Subclasses define `streams`."""
 
+    def __post_init__(self) -> None:
+        for name in self.sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
+        super().__post_init__()
+
     def sites(self) -> Sites:
         return Sites(input=self)
 
@@ -42,10 +49,3 @@ class InputMethod(Method, nn.Module):
         length = params["prompt"].shape[0]
         start = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, length, vocabulary)
         return {**params, "prompt": start}
-
-    def check_positive(self, *names: str) -> None:
-        """Raises `UserError` when a field is set to 0 or less."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")

@@ -64,6 +64,8 @@ class LoRA(Method):
     """
 
     kind = "lora"
+    sizes = ("rank",)
+    free = ("alpha",)
 
     rank: int = 8
     alpha: float = 16.0
@@ -88,6 +90,9 @@ class LoRA(Method):
 
     def group(self, path: tuple[str, ...]) -> str:
         return "low_rank"
+
+    def scales(self) -> dict[str, float]:
+        return {"lora_b": self.alpha / self.rank}
 
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         return {"low_rank": 1e-3}

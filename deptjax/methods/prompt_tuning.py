@@ -26,14 +26,12 @@ class PromptTuning(InputMethod):
     """
 
     kind = "prompt_tuning"
+    sizes = ("prompt_length",)
+    free = ("prompt_init", "prompt_text")
 
     prompt_length: int = 100
     prompt_init: str = "text"
     prompt_text: str = initializers.DEFAULT_TEXT
-
-    def __post_init__(self) -> None:
-        self.check_positive("prompt_length")
-        super().__post_init__()
 
     @nn.compact
     def streams(

@@ -98,21 +98,28 @@ class PromptedModel:
         Only the method's parameters are made; the frozen tree is neither copied nor made again.
         """
         input_key, inner_key, start_key = jax.random.split(key, 3)
+        if self.method.tunes_backbone:
+            # In float32 whatever the backbone computes in: small updates of bfloat16 weights round to nothing.
+            return {"backbone": jax.tree.map(lambda a: a.astype(jnp.float32), frozen)}, {}
+        trainable = self._parameters(input_key, inner_key, vocabulary.embedding.shape[1])
+        if not trainable:
+            raise UserError(f"method '{self.method.kind}' fills no site of this backbone: check its targets")
+        if "input" in trainable:
+            trainable["input"] = self.method.initialize(start_key, trainable["input"], vocabulary)
+        return trainable, frozen
+
+    def shapes(self, width: int) -> Tree:
+        """Returns the tree of `trainable` on a backbone of this width, its leaves `ShapeDtypeStruct`."""
+        return jax.eval_shape(lambda key: self._parameters(key, key, width), jax.random.key(0))
+
+    def _parameters(self, input_key: Key, inner_key: Key, width: int) -> Tree:
+        """Returns the parameters of what fills the sites, as Linen makes them."""
         trainable: dict[str, Any] = {}
         fill = self.method.sites().input
         if fill is not None:
-            embeds = jnp.zeros((1, 1, vocabulary.embedding.shape[1]))
-            params = fill.init(input_key, embeds, method="streams")["params"]
-            trainable["input"] = self.method.initialize(start_key, params, vocabulary)
-        if self.method.tunes_backbone:
-            # In float32 whatever the backbone computes in: small updates of bfloat16 weights round to nothing.
-            return {**trainable, "backbone": jax.tree.map(lambda a: a.astype(jnp.float32), frozen)}, {}
+            trainable["input"] = fill.init(input_key, jnp.zeros((1, 1, width)), method="streams")["params"]
         inner = jax.jit(self._init_sites)(inner_key)  # under jit, what is not returned is not computed
-        if inner:
-            trainable["backbone"] = inner
-        if not trainable:
-            raise UserError(f"method '{self.method.kind}' fills no site of this backbone: check its targets")
-        return trainable, frozen
+        return {**trainable, "backbone": inner} if inner else trainable
 
     def _init_sites(self, key: Key) -> Tree:
         def forward(module: Any) -> Array:

@@ -92,7 +92,7 @@ def test_no_offset_behind_max_length(params: dict[str, np.ndarray]) -> None:
 
 def test_streams_refuses_more_columns_than_max_length(params: dict[str, np.ndarray]) -> None:
     method = DePT(prompt_length=M, rank=R, max_length=X)
-    with pytest.raises(UserError, match=f"{X + 1} tokens is longer than max_length {X}; raise max_length"):
+    with pytest.raises(UserError, match=f"{X + 1} tokens are more than max_length {X}; raise max_length"):
         method.apply({"params": params}, jnp.zeros((1, X + 1, D)), method="streams")
 
 
@@ -175,7 +175,7 @@ def test_budget_of_ones_own() -> None:
 
 
 def test_no_room_for_a_rank() -> None:
-    with pytest.raises(UserError, match="prompt_length 100 leaves no room for a rank of 1 in 76800 parameters"):
+    with pytest.raises(UserError, match="prompt_length 100 and a rank of 1 exceed 76800 parameters"):
         DePT(prompt_length=100).resolve(768)
     with pytest.raises(UserError, match="shorten prompt_length, or set rank or budget"):
         DePT(prompt_length=3, max_length=17, budget=3 * 11 + 27).resolve(11)

@@ -1,0 +1,71 @@
+"""Room for several methods of one kind: one shape of parameters that holds those of all of them.
+
+Parameters that are stacked must have one shape. A prompt shorter than the others gets zeros in front, so that its
+vectors still stand next to the text (the model is told how many are real); a low-rank factor of a smaller rank, or for
+shorter texts, gets zeros behind, which add nothing; a scale that differs goes into the factor it multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deptjax.errors import UserError
+from deptjax.methods.base import Method, method_fields, method_from_config, method_to_config
+from deptjax.typing import Array, Tree
+
+IN_FRONT = "prompt"  # the parameter whose last rows are the real ones
+
+
+def kind_of(method: Method) -> tuple[Any, ...]:
+    """Returns what methods must have in common to share a room: all but sizes, scales and where training starts."""
+    fixed = [name for name in method_fields(type(method)) if name not in (*method.sizes, *method.free)]
+    return (method.kind, *((name, getattr(method, name)) for name in fixed))
+
+
+def room_for(methods: Sequence[Method]) -> Any:
+    """Returns the smallest method that has room for the parameters of all `methods`, resolved ones of one kind.
+
+    >>> from deptjax.methods import DePT
+    >>> room = room_for([DePT(prompt_length=4, rank=7), DePT(prompt_length=9, rank=2)])
+    >>> room.prompt_length, room.rank
+    (9, 7)
+
+    Raises `UserError` naming the field for methods that cannot be stacked.
+    """
+    first = methods[0]
+    for method in methods[1:]:
+        for ours, theirs in zip(kind_of(first), kind_of(method), strict=False):
+            if ours != theirs:
+                names = (
+                    (ours, theirs) if isinstance(ours, str) else (f"{ours[0]} {ours[1]}", f"{theirs[0]} {theirs[1]}")
+                )
+                raise UserError(f"prompts of {names[0]} and of {names[1]} cannot be stacked; put them into two banks")
+    largest = {name: max(getattr(method, name) for method in methods) for name in first.sizes}
+    return method_from_config({**method_to_config(first), **largest})
+
+
+def has_room(room: Method, method: Method) -> bool:
+    """Returns whether the parameters of `method` fit into those of `room`."""
+    fits = all(getattr(method, name) <= getattr(room, name) for name in room.sizes)
+    return fits and kind_of(room) == kind_of(method)
+
+
+def move_in(method: Method, trainable: Tree, room: Method, shapes: Tree) -> Tree:
+    """Returns parameters with which `room` computes what `method` computes with `trainable`.
+
+    `shapes` is the room's own tree, of arrays or `ShapeDtypeStruct`; the leaves get its shapes.
+    """
+    own, new = method.scales(), room.scales()
+
+    def moved(path: tuple[Any, ...], leaf: Array, like: Any) -> Array:
+        name = path[-1].key
+        leaf = jnp.asarray(leaf) * (own[name] / new[name]) if name in own else jnp.asarray(leaf)
+        missing = [want - have for want, have in zip(like.shape, leaf.shape, strict=True)]
+        front = name == IN_FRONT
+        return jnp.pad(leaf, [(gap, 0) if front and axis == 0 else (0, gap) for axis, gap in enumerate(missing)])
+
+    return jax.tree_util.tree_map_with_path(moved, trainable, shapes)
