@@ -23,6 +23,9 @@ from deptjax.data.tasks import Task, get_task, register_task, task_names
 from deptjax.training.config import TrainConfig
 from deptjax.training.run import Run, train
 
+# Prompts in other formats
+from deptjax.interop.prompts import export_prompt, load_prompt
+
 # Use
 from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.prompt import Prompt
@@ -48,8 +51,10 @@ __all__ = [
     "ZeroShot",
     "__version__",
     "evaluate",
+    "export_prompt",
     "get_task",
     "load_backbone",
+    "load_prompt",
     "register_task",
     "task_names",
     "train",

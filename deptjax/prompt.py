@@ -51,6 +51,25 @@ class Prompt:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     run_id: str = ""
 
+    @classmethod
+    def build(cls, method: dict[str, Any], trainable: Tree, backbone: Any) -> Prompt:
+        """Returns a prompt for `backbone`, without a task, of a method's configuration and its parameters.
+
+        Raises `UserError` for an unknown method or field.
+        """
+        return cls(method_from_config(method), trainable, backbone.name, backbone.fingerprint, {})
+
+    @property
+    def method_config(self) -> dict[str, Any]:
+        """The method as JSON: `{"method": kind, field: value, ...}`."""
+        return method_to_config(self.method)
+
+    def with_run_id(self) -> Prompt:
+        """Returns the prompt with the run_id of what it holds, which `save` would give it."""
+        tensors = {k: np.ascontiguousarray(v) for k, v in _flatten(self.trainable).items()}
+        run_id = _digest(tensors, self.method_config, self.fingerprint, self.task, self.settings)
+        return dataclasses.replace(self, run_id=run_id)
+
     def check_backbone(self, backbone: Any, where: str = "this prompt") -> None:
         """Raises `UserError` naming the fields in which `backbone` differs from the one the prompt was tuned on."""
         actual = backbone.fingerprint

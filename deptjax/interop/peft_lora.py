@@ -1,0 +1,160 @@
+"""LoRA of HF peft: names, scalings and patterns against `deptjax`'s LoRA, which has one rank and one alpha.
+
+Stored as `base_model.model.{module}.lora_A.weight` (R, in) and `.lora_B.weight` (out, R); the update is
+`scaling * x A^T B^T`, scaling alpha / R, or alpha / sqrt(R) with `use_rslora` (arXiv 2312.03732). Modules may differ
+in rank and alpha (`rank_pattern`, `alpha_pattern`), and layers may have none (`layers_to_transform`). All that is held
+exactly: a smaller rank is filled up with zeros, another scaling goes into B, a layer without LoRA gets zeros. The
+tensors say which modules have LoRA, so `target_modules` is not interpreted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from deptjax.errors import UserError
+from deptjax.interop.adapters import (
+    Adapter,
+    AdapterConfig,
+    Projection,
+    apart,
+    joined,
+    projections,
+    refuse_others,
+    take,
+)
+from deptjax.interop.array_files import floats
+from deptjax.interop.names import entries
+from deptjax.models.backbone import Backbone
+from deptjax.typing import Tree
+
+PREFIX = "base_model.model."
+_SITE = "site"
+_KNOWN = (
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules"
+    " exclude_modules lora_alpha lora_dropout bias use_rslora init_lora_weights layers_to_transform layers_pattern"
+    " rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config qalora_group_size"
+    " ensure_weight_tying runtime_config"
+).split()
+_OFF = {
+    "use_dora": "DoRA",
+    "fan_in_fan_out": "kernels stored transposed",
+    "modules_to_save": "modules trained beside the adapter",
+    "trainable_token_indices": "trained token embeddings",
+    "layer_replication": "repeated layers",
+    "lora_bias": "a bias in B",
+    "target_parameters": "LoRA of bare parameters",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow's routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "corda_config": "CorDA, which changes the backbone's own weights,",
+    "lora_ga_config": "LoRA-GA, which changes the backbone's own weights,",
+}
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the backbone's weights alone
+
+
+def read_lora(config: AdapterConfig, tensors: dict[str, np.ndarray], where: str, backbone: Backbone) -> Adapter:
+    """Returns LoRA with the factors of a LORA adapter, lora_a (in, R) and lora_b (R, out) beside each projection."""
+    config.only(_KNOWN, _OFF)
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        config.refuse(
+            "init_lora_weights",
+            "it may change the backbone's own weights, which the adapter does not hold; convert the adapter with "
+            "peft's path_initial_model_for_weight_conversion",
+        )
+    places = projections(backbone.config)
+    stored = {p: tuple(f"{PREFIX}{p.module}.lora_{letter}.weight" for letter in "AB") for p in places}
+    refuse_others(tensors, [name for names in stored.values() for name in names], where)
+    there = [p for p in places if any(name in tensors for name in stored[p])]
+    if not there:
+        raise UserError(f"{where}: it holds no LoRA of this backbone's projections; give the adapter of this backbone")
+    ranks = {p: _pattern(config, "rank_pattern", p, config.whole("r")) for p in there}
+    rank = max(int(value) for value in ranks.values())
+    alpha, plain = config.number("lora_alpha", 8), rank == config.whole("r") and not config.get("use_rslora", False)
+    base = _scaling(config, alpha, config.whole("r")) or 1.0
+    sites = sorted({p.site for p in there})
+    leaves = {}
+    for place in (p for p in places if p.site in sites):
+        a, b = np.zeros((place.features_in, rank), np.float32), np.zeros((rank, place.features_out), np.float32)
+        if place in there:
+            r = int(ranks[place])
+            name_a, name_b = stored[place]
+            a[:, :r] = floats(take(tensors, name_a, (r, place.features_in), where), f"{where}: tensor '{name_a}'").T
+            b[:r] = floats(take(tensors, name_b, (place.features_out, r), where), f"{where}: tensor '{name_b}'").T
+            factor = _scaling(config, _pattern(config, "alpha_pattern", place, alpha), r) / base
+            if factor != 1.0:
+                b *= np.float32(factor)
+        leaves[(*place.path, _SITE, "lora_a")], leaves[(*place.path, _SITE, "lora_b")] = a, b
+    alpha = alpha if plain and alpha else base * rank  # a product of a quotient may miss it by the last bit
+    targets = f"^({'|'.join(map(re.escape, sites))})$"
+    method = {"method": "lora", "rank": rank, "alpha": alpha, "targets": targets}
+    return Adapter(method, {"backbone": joined(leaves, backbone.config.scan_layers)})
+
+
+def _scaling(config: AdapterConfig, alpha: float, rank: float) -> float:
+    return alpha / (math.sqrt(rank) if config.get("use_rslora", False) else rank)
+
+
+def _pattern(config: AdapterConfig, field: str, place: Projection, default: float) -> float:
+    """Returns the value of the first pattern that matches the end of a module's name, as peft looks it up."""
+    patterns = config.get(field, {})
+    if not isinstance(patterns, dict):
+        config.refuse(field, "expected an object")
+    for pattern, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", place.module)
+        except re.error as error:
+            config.refuse(field, f"'{pattern}' is not a regular expression ({error})")
+        if matches:
+            whole = field != "rank_pattern" or (isinstance(value, int) and value > 0)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not whole:
+                config.refuse(field, f"'{pattern}' has {value!r}, expected a number")
+            return value
+    return default
+
+
+def lora_files(method: dict[str, Any], trainable: Tree, backbone: Backbone) -> tuple[dict[str, Any], Tree]:
+    """Returns the fields of the config, and the tensors, of a LORA adapter."""
+    leaves = apart(trainable["backbone"])
+    tensors, modules = {}, []
+    for place in projections(backbone.config):
+        path = (*place.path, _SITE, "lora_a")
+        if path in leaves:
+            modules.append(place.module)
+            for leaf, letter in (("lora_a", "A"), ("lora_b", "B")):
+                factor = np.asarray(leaves[(*place.path, _SITE, leaf)], np.float32)
+                tensors[f"{PREFIX}{place.module}.lora_{letter}.weight"] = np.ascontiguousarray(factor.T)
+    alpha = method["alpha"]
+    fields = {
+        "peft_type": "LORA",
+        "r": method["rank"],
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": _targets(modules, backbone),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    return fields, tensors
+
+
+def _targets(modules: list[str], backbone: Backbone) -> list[str]:
+    """Returns the last words of the modules' names where these choose exactly them, else their whole names."""
+    ends = sorted({module.rpartition(".")[2] for module in modules})
+    every = [entry.name.removesuffix(".weight") for entry in entries(backbone.config)]
+    chosen = {name for name in every if name.rpartition(".")[2] in ends}
+    return ends if chosen == set(modules) else modules
