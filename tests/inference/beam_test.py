@@ -26,9 +26,7 @@ def likely(family: str, method: str) -> tuple[int, ...]:
     """Returns tokens with which texts may end, at different steps: of the greedy text of the first row, and others."""
     case = tuned(family, method)
     source, mask = padded(ROWS, 8)
-    run = decode(
-        case.model, case.frozen, case.rows, source, mask, controls_of(Decoding(NEW), len(ROWS)), max_new=ROOM
-    )
+    run = decode(case.model, case.frozen, case.rows, source, mask, controls_of(Decoding(NEW), len(ROWS)), max_new=ROOM)
     tokens = np.asarray(run.tokens[:, 0, :NEW])
     return int(tokens[0, 4]), int(tokens[1, 2]), int(tokens[2, 6])
 
@@ -41,24 +39,26 @@ def search(family: str, method: str, decoding: Decoding, eos: tuple[int, ...], s
     return beam_search(case.model, case.frozen, case.rows, source, mask, controls, max_new=ROOM, **beams)
 
 
-def check(family: str, method: str, decoding: Decoding, eos: tuple[int, ...], side: str = "right") -> None:
+def check(family: str, method: str, decoding: Decoding, eos: tuple[int, ...], side: str = "right") -> Decoded:
     got = search(family, method, decoding, eos, side)
     wanted = torch_texts(torch_model(family, method), tuned(family, method), ROWS, decoding, eos)
     assert_same_texts(got, *wanted)
+    return got
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_every_penalty_and_way_of_stopping(family: str) -> None:
     """One program for all of them: nothing is compiled for a new setting."""
     first, *others = likely(family, "zero_shot")
-    programs = set()
+    programs, lengths = set(), {}
     for penalty, early, eos in itertools.product(
         (0.6, 1.0, 2.0, -0.5), (False, True, "never"), ((), (first,), (first, *others))
     ):
         decoding = Decoding(NEW, num_beams=3, num_return=3, length_penalty=penalty, early_stopping=early)
-        check(family, "zero_shot", decoding, eos)
+        lengths.setdefault(early, []).append(check(family, "zero_shot", decoding, eos).lengths.tolist())
         programs.add(beam_search._cache_size())
     assert len(programs) == 1
+    assert lengths[False] != lengths["never"] != lengths[True] != lengths[False]
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
