@@ -27,7 +27,10 @@ from deptjax.training.run import Run, train
 from deptjax.interop.prompts import export_prompt, load_prompt
 
 # Use
+from deptjax.inference.answers import Answer, Generation
+from deptjax.inference.decoding import Decoding
 from deptjax.inference.predictor import Predictor, evaluate
+from deptjax.inference.prompt_bank import PromptBank
 from deptjax.prompt import Prompt
 
 # Errors and version
@@ -35,14 +38,18 @@ from deptjax.errors import UserError
 from deptjax.version import __version__
 
 __all__ = [
+    "Answer",
     "Backbone",
     "DePT",
+    "Decoding",
     "FileSource",
     "FullFineTuning",
+    "Generation",
     "LoRA",
     "MemorySource",
     "Predictor",
     "Prompt",
+    "PromptBank",
     "PromptTuning",
     "Run",
     "Task",

@@ -129,7 +129,29 @@ class Preprocessor:
 
         `Task.source_text` makes the source text from a row or a bare text.
         """
-        return np.asarray(self._fit(source_text, self._source_ids([source_text])[0], "")[1], np.int32)
+        return self.encode_texts([source_text])[0]
+
+    def encode_texts(self, source_texts: Sequence[str], origins: Sequence[str] | None = None) -> list[np.ndarray]:
+        """Returns what `encode_text` does for each text; a mistake is told with its text's origin."""
+        found: list[np.ndarray] = []
+        for start in range(0, len(source_texts), _CHUNK):
+            texts = source_texts[start : start + _CHUNK]
+            where = [""] * len(texts) if origins is None else origins[start : start + _CHUNK]
+            fitted = (self._fit(*each) for each in zip(texts, self._source_ids(list(texts)), where, strict=True))
+            found += [np.asarray(ids, np.int32) for _, ids in fitted]
+        return found
+
+    def continuation_ids(self, source_text: str, continuations: Sequence[str], end: bool = True) -> list[list[int]]:
+        """Returns the ids of texts that follow a source text, as targets have them; with `end` the end token as well.
+
+        Raises `UserError` for a continuation without tokens.
+        """
+        source, ids = self._fit(source_text, self._source_ids([source_text])[0], "")
+        pieces = self._target_pieces([(source, ids)] * len(continuations), list(continuations))
+        for text, some in zip(continuations, pieces, strict=True):
+            if not some:
+                raise UserError(f"the continuation {text!r} has no tokens; give a text")
+        return [[*some, self._eos] if end else some for some in pieces]
 
     def label_tokens(self) -> np.ndarray:
         """Returns the token (C,) int32 of each label, for a loss over the labels alone.

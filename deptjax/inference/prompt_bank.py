@@ -80,6 +80,11 @@ class PromptBank:
             self.add(name, prompt)
 
     @property
+    def frozen(self) -> Tree:
+        """The backbone's parameters, for what takes the model, these and the rows."""
+        return self._backbone.params
+
+    @property
     def names(self) -> list[str]:
         """The names of the tasks."""
         return list(self._slots)

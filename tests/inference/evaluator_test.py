@@ -10,7 +10,7 @@ import pytest
 from deptjax.data.preprocess import Preprocessor
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
-from deptjax.inference.evaluator import Answer, Evaluator
+from deptjax.inference.evaluator import Evaluator
 from tests.cases import case_of
 from tests.reviews import review_task
 
@@ -67,7 +67,10 @@ def test_generation_gives_text_for_each_row(family: str) -> None:
     made, examples, case = evaluator(family, task)
     alone = [made.answers(case.moved, case.frozen, [example])[0] for example in examples]
     together = made.answers(case.moved, case.frozen, examples)
-    assert alone == together
+    assert [answer.text for answer in alone] == [answer.text for answer in together]
+    for one, other in zip(alone, together, strict=True):
+        assert one.candidates[0].tokens == other.candidates[0].tokens
+        assert one.candidates[0].log_probs == pytest.approx(other.candidates[0].log_probs, abs=1e-4)
     assert all(answer.scores is None for answer in together)
     assert any(answer.text for answer in together)
     assert all(len(answer.text.split()) <= 5 for answer in together)
@@ -100,4 +103,4 @@ def test_generated_text_that_is_the_text_of_a_label_is_that_label() -> None:
     assert written
     task = dataclasses.replace(TASK, verbalizers={"positive": written, "negative": "bad"}, max_target_length=2)
     generating, _, _ = evaluator("llama", task, mode="generate")
-    assert generating.answers(case.moved, case.frozen, examples[:1]) == [Answer("positive")]
+    assert [a.text for a in generating.answers(case.moved, case.frozen, examples[:1])] == ["positive"]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from deptjax.errors import UserError
+from deptjax.inference.decoding import Decoding
 from deptjax.inference.predictor import Predictor, evaluate
+from deptjax.inference.scoring import sequence_scores, token_scores
+from deptjax.methods import DePT
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
-from tests.cases import backbone_of, case_of, padded
+from tests.cases import backbone_of, case_of, make_case, padded
 from tests.reviews import review_rows, review_task
 
 TEXTS = [row["text"] for row in review_rows(9, seed=4)]
@@ -79,12 +83,166 @@ def test_generation_from_a_folder_of_a_t5_prompt(tmp_path: pathlib.Path) -> None
     assert all(answer.scores is None for answer in answers)
 
 
+SIZES = {
+    "short": DePT(prompt_length=2, rank=4, max_length=13, prompt_init="vocab"),
+    "long": DePT(prompt_length=7, rank=1, max_length=16, prompt_init="vocab", scaling="none"),
+}
+TOPICS = {"labels": ("red", "green", "blue"), "verbalizers": {"red": "red film", "green": "green", "blue": "not blue"}}
+
+
+def sized(size: str, family: str, **fields: object) -> Prompt:
+    case = make_case(backbone_of(family), SIZES[size])
+    return dataclasses.replace(
+        prompt_of("dept", family, **fields), method=case.model.method, trainable=jax.device_get(case.moved)
+    )
+
+
+def mixed_prompts(family: str) -> dict[str, Prompt]:
+    """Returns prompts of several sizes, with one-token labels, with longer ones, and for free text."""
+    return {
+        "a": prompt_of("dept", family),
+        "b": sized("short", family),
+        "c": sized("long", family, **TOPICS),
+        "d": sized("short", family, **TOPICS),
+        "e": sized("long", family, labels=(), target="the film is {label}", max_target_length=4),
+        "f": prompt_of("lora", family),
+        "g": prompt_of("full", family),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_batch_of_several_tasks_answers_each_row_as_its_task_does_alone(family: str) -> None:
+    prompts = mixed_prompts(family)
+    predict = Predictor(backbone_of(family), prompts, batch_size=8)
+    names = [name for _ in TEXTS for name in prompts]
+    texts = [text for text in TEXTS for _ in prompts]
+    mixed = predict(texts, names)
+    for name, prompt in prompts.items():
+        alone = Predictor(backbone_of(family), prompt)(TEXTS)
+        for answer, one in zip(mixed[list(prompts).index(name) :: len(prompts)], alone, strict=True):
+            assert answer.text == one.text
+            assert (answer.scores is None) == (one.scores is None)
+            assert answer.scores is None or answer.scores == pytest.approx(one.scores, abs=1e-5)
+    assert len({tuple(answer.scores.values()) for answer in mixed if answer.scores}) > 40  # each row has its own
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_row_of_a_mixed_batch_is_bit_for_bit_what_it_is_alone(family: str) -> None:
+    """In float32 and the same bucket: the other rows, and where in the batch it stands, do not change a bit."""
+    prompts = mixed_prompts(family)
+    predict = Predictor(backbone_of(family), prompts, batch_size=4)
+    text = next(text for text in TEXTS if len(text.split()) == 8)
+    same = [" ".join(reversed(text.split())), text, "the " + text.split(maxsplit=1)[1]]  # as many tokens: one bucket
+    for name, others in (("a", "bab"), ("c", "dcd"), ("e", "eee")):
+        # Alone, with its copies to fill the bucket of four rows.
+        alone = predict([text] * 3, [name] * 3)
+        for place in range(3):
+            texts = [*same[:place], text, *same[place + 1 :]]
+            tasks = [*others[:place], name, *others[place + 1 :]]
+            assert predict(texts, tasks)[place] == alone[0], (name, place)
+
+
+def test_tasks_come_and_go_without_compiling_anything() -> None:
+    prompts = mixed_prompts("llama")
+    predict = Predictor(backbone_of("llama"), {name: prompts[name] for name in "abc"}, batch_size=4)
+    predict(TEXTS, [*"abc"] * 3)
+    compiled = token_scores._cache_size(), sequence_scores._cache_size()
+    first = predict(TEXTS[:4], "b")
+    for number in range(5):
+        predict.add(f"new{number}", prompts["b"])
+    predict.add("a", prompts["b"])
+    assert predict(TEXTS[:4], "a") == predict(TEXTS[:4], "new4") == first
+    predict.remove("b")
+    predict.remove("new1")
+    assert predict.tasks == ["a", "c", "new0", "new2", "new3", "new4"]
+    with pytest.raises(UserError, match="no prompt is loaded for task 'b'; there are: a, c"):
+        predict(TEXTS, "b")
+    assert len(predict(TEXTS, [*"aac"] * 3)) == 9
+    assert (token_scores._cache_size(), sequence_scores._cache_size()) == compiled
+    with pytest.raises(UserError, match="no prompt is loaded for task 'b'"):
+        predict.remove("b")
+
+
+def test_threads_share_a_predictor_while_tasks_change() -> None:
+    """Requests under way keep the prompt they began with, also when it is removed or replaced in the middle."""
+    prompts = mixed_prompts("llama")
+    predict = Predictor(backbone_of("llama"), {name: prompts[name] for name in "abc"}, batch_size=2)
+    names = [*"aabbaacca"]
+    wanted = predict(TEXTS, names)
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def ask() -> None:
+        while not stop.is_set():
+            found = predict(TEXTS, names)
+            if found != wanted:
+                wrong.append(found)
+
+    def change() -> None:
+        for _ in range(15):
+            predict.add("other", prompts["b"])
+            predict.add("a", prompts["a"])
+            predict.remove("other")
+
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in askers:
+        thread.start()
+    change()
+    stop.set()
+    for thread in askers:
+        thread.join()
+    assert not wrong
+    bank = predict._tasks["a"].bank
+    assert len(bank) == 3  # nothing retired is kept
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generation_with_beams_and_scores_of_continuations_agree(family: str) -> None:
+    """A beam's score is the likelihood of its own text, scored as a continuation."""
+    predict = Predictor(backbone_of(family), mixed_prompts(family), batch_size=4)
+    decoding = Decoding(max_new_tokens=3, num_beams=3, num_return=2, length_penalty=0.0)
+    found = predict.generate(TEXTS[:3], "b", decoding)
+    assert [len(candidates) for candidates in found] == [2, 2, 2]
+    for text, candidates in zip(TEXTS, found, strict=False):
+        assert candidates[0].score >= candidates[1].score
+        for one in candidates:
+            assert one.score == pytest.approx(sum(one.log_probs), abs=1e-4)
+            written = predict._backbone.tokenizer.decode(one.tokens, skip_special_tokens=True)
+            assert written == one.text
+            if one.text and one.ended == "length":
+                (scores,) = predict.score([text], [one.text, "fine"], "b", end=False)
+                assert scores[one.text] == pytest.approx(one.score, abs=1e-3)
+                assert set(scores) == {one.text, "fine"}
+
+
+def test_scores_of_continuations_are_the_labels_log_likelihoods() -> None:
+    predict = Predictor(backbone_of("t5"), mixed_prompts("t5"))
+    for answer, scores in zip(
+        predict(TEXTS, "d"), predict.score(TEXTS, TOPICS["verbalizers"].values(), "d"), strict=True
+    ):
+        likely = np.asarray([scores[text] for text in TOPICS["verbalizers"].values()])
+        assert answer.scores is not None
+        np.testing.assert_allclose(list(answer.scores.values()), np.exp(likely) / np.exp(likely).sum(), atol=1e-5)
+    one, two = predict.score(TEXTS[:2], [["red"], ["green film", "blue"]], ["a", "f"])
+    assert (list(one), list(two)) == (["red"], ["green film", "blue"])
+    with pytest.raises(UserError, match="there are 2 texts and 1 lists of continuations"):
+        predict.score(TEXTS[:2], [["red"]], "a")
+    with pytest.raises(UserError, match="text 2: there are no continuations to score"):
+        predict.score(TEXTS[:2], [["red"], []], "a")
+
+
 def test_mistakes_are_told() -> None:
     predict = Predictor(backbone_of("llama"), {"reviews": prompt_of("dept"), "other": prompt_of("dept")})
     with pytest.raises(UserError, match=r"no prompt is loaded for task 'reveiws'; .* Did you mean 'reviews'\?"):
         predict(TEXTS, "reveiws")
-    with pytest.raises(UserError, match="no prompt is loaded for task 'None'; there are: reviews, other"):
+    with pytest.raises(UserError, match="name the task of the texts; there are: reviews, other"):
         predict(TEXTS)
+    with pytest.raises(UserError, match="text 2: no prompt is loaded for task 'x'; there are: reviews, other"):
+        predict(["fine", "dull"], ["other", "x"])
+    with pytest.raises(UserError, match="there are 2 texts and 1 names of tasks; give one for each"):
+        predict(["fine", "dull"], ["other"])
+    with pytest.raises(UserError, match="a Predictor takes a list of texts"):
+        predict("fine", "other")
     with pytest.raises(UserError, match="text 2: "):
         predict(["fine", ""], "reviews")
     with pytest.raises(UserError, match=r"text 1: .*text"):

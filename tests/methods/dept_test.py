@@ -177,7 +177,9 @@ def test_budget_of_ones_own() -> None:
 def test_no_room_for_a_rank() -> None:
     with pytest.raises(UserError, match="prompt_length 100 and a rank of 1 exceed 76800 parameters"):
         DePT(prompt_length=100).resolve(768)
-    with pytest.raises(UserError, match="prompt_length 3 and a rank of 1 exceed 60 parameters; shorten it, or set budget"):
+    with pytest.raises(
+        UserError, match="prompt_length 3 and a rank of 1 exceed 60 parameters; shorten it, or set budget"
+    ):
         DePT(prompt_length=3, max_length=17, budget=3 * 11 + 27).resolve(11)
 
 
