@@ -38,6 +38,7 @@ CORE = [
     "protobuf>=5.28",
     "safetensors>=0.6",
     "huggingface_hub>=1.0",
+    "tensorstore>=0.1.84",
     "gguf>=0.17",
     "gin-config>=0.5.0",
     "pyarrow>=17.0",

@@ -36,7 +36,7 @@ KNOW_NO_METHOD = ("data", "interop", "checkpoint", "sharding")
 ENTRY_POINTS = ("cli", "train", "evaluate", "predict", "export", "quickstart")
 FLAGS = ("gin", "argparse", "absl.flags", "absl.app")
 LATE = ("interop", "testing")  # formats, tokenizers, and the tiny tokenizer of the tests
-HEAVY = {"torch", "transformers", "gguf", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "gguf", "huggingface_hub", "tensorstore"}
 MAX_LINES = 500
 
 

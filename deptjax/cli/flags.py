@@ -20,11 +20,17 @@ METHOD = "method"  # the owner of a flag for a field of whichever method is chos
 MODEL_FIELDS = {
     field.name: field
     for field in (
-        Field("name_or_path", ("str",), None, "the backbone: a hub name, a local folder, a GGUF file, packaged:NAME"),
+        Field(
+            "name_or_path",
+            ("str",),
+            None,
+            "the backbone: a hub name, a folder, a GGUF file, a T5X checkpoint, packaged:NAME",
+        ),
         Field("dtype", ("str",), None, "of weights and computation: float32 (default) or bfloat16"),
         Field("scan_layers", ("bool",), None, "stack the layers: compiles faster, and runs slower on a CPU"),
         Field("revision", ("str", "None"), None, "branch, tag or commit of a hub model"),
         Field("dropout_rate", ("float", "None"), None, "in training, instead of the one in the model's config (T5)"),
+        Field("tokenizer", ("str", "None"), None, "instead of the model's: a folder, file, hub name or packaged:t5"),
     )
 }
 _TASK_FLAGS = {

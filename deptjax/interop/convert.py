@@ -38,19 +38,23 @@ def fill_tree(config: Any, source: TensorSource, *, scan_layers: bool, dtype: st
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     wanted = _resolve(entries(config), source)
-    place = place or _place_on_default_device
+    place = place or place_on_default_device
     tree: Tree = {}
-    for path, group in _leaves(wanted, scan_layers).items():
+    for path, group in leaves_of(wanted, scan_layers).items():
         shape = group[0].shape[::-1] if group[0].transpose else group[0].shape
-        leaf = _empty_aligned((len(group), *shape) if _is_stacked(path) else shape, DTYPES[dtype])
+        leaf = empty_aligned((len(group), *shape) if is_stacked(path) else shape, DTYPES[dtype])
         for i, entry in enumerate(group):
-            target = leaf[i] if _is_stacked(path) else leaf
+            target = leaf[i] if is_stacked(path) else leaf
             _fill(entry, source, target.T if entry.transpose else target)
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = place(path, leaf)
+        put(tree, path, place(path, leaf))
     return tree
+
+
+def put(tree: Tree, path: Path, leaf: Any) -> None:
+    """Puts a leaf into a nested dict, whose inner dicts are made where they are not there."""
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = leaf
 
 
 def _resolve(wanted: list[Entry], source: TensorSource) -> list[Entry]:
@@ -84,7 +88,7 @@ def _resolve(wanted: list[Entry], source: TensorSource) -> list[Entry]:
     return found
 
 
-def _leaves(wanted: list[Entry], scan_layers: bool) -> dict[Path, list[Entry]]:
+def leaves_of(wanted: list[Entry], scan_layers: bool) -> dict[Path, list[Entry]]:
     """Returns the entries that fill each leaf, in the order of layers."""
     leaves: dict[Path, list[Entry]] = {}
     for entry in wanted:
@@ -93,7 +97,8 @@ def _leaves(wanted: list[Entry], scan_layers: bool) -> dict[Path, list[Entry]]:
     return leaves
 
 
-def _is_stacked(path: Path) -> bool:
+def is_stacked(path: Path) -> bool:
+    """Returns whether a leaf holds all layers, on a leading axis."""
     return "layers" in path
 
 
@@ -116,14 +121,16 @@ def _equal(block: np.ndarray, start: int, blocks: Iterator[tuple[int, np.ndarray
     return other_start == start and other.shape == block.shape and bool(np.all(other == block))
 
 
-def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an unfilled host array that jax on CPU takes over without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(size + _ALIGN, np.uint8)
     skip = -raw.ctypes.data % _ALIGN
     return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
-def _place_on_default_device(path: Path, leaf: np.ndarray) -> Any:
+def place_on_default_device(path: Path, leaf: np.ndarray) -> Any:
+    """Returns a finished leaf as a jax array on the default device."""
     import jax
 
     return jax.device_put(leaf)

@@ -250,11 +250,11 @@ def _t5(config: _Fields, kind: str) -> T5Config:
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")  # of huggingface_hub, by age
 
 
-def download(name: str, revision: str | None = None) -> Path:
+def download(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """Returns the local folder of the model called `name` on the Hugging Face hub, fetched if need be.
 
-    Only JSON, safetensors and tokenizer files are fetched. Raises `UserError` when there is no such model or revision,
-    when it is not open to this user, or when the hub is not reachable.
+    Only JSON, safetensors (with `weights`) and tokenizer files are fetched. Raises `UserError` when there is no such
+    model or revision, when it is not open to this user, or when the hub is not reachable.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -264,7 +264,7 @@ def download(name: str, revision: str | None = None) -> Path:
         folder = huggingface_hub.snapshot_download(
             name,
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            allow_patterns=["*.json", *(["*.safetensors"] if weights else []), "*.model", "*.txt", "*.jinja"],
             ignore_patterns=["*/*", "consolidated*"],  # exports to other formats, and a second copy of the weights
         )
     except errors.GatedRepoError:

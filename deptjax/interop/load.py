@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deptjax.errors import UserError, nearest
 from deptjax.interop import packaged
 from deptjax.interop.convert import DTYPES, Place, fill_tree
 from deptjax.interop.gguf import GGUFFile, config_from_gguf
 from deptjax.interop.huggingface import download, read_config
-from deptjax.interop.safetensors import SafetensorsFolder, TensorSource
-from deptjax.interop.tokenizers import load_tokenizer, tokenizer_from_gguf
+from deptjax.interop.safetensors import SafetensorsFolder
+from deptjax.interop.t5x import fill_t5x, t5x_config
+from deptjax.interop.t5x_store import BUCKET, T5XStore, is_t5x
+from deptjax.interop.tokenizers import TOKENIZER_FILES, chosen_tokenizer, load_tokenizer, tokenizer_from_gguf
 from deptjax.models.backbone import Backbone
+from deptjax.typing import Tree
 
 
 def load_backbone(
@@ -23,49 +28,84 @@ def load_backbone(
     scan_layers: bool = False,
     revision: str | None = None,
     dropout_rate: float | None = None,
+    tokenizer: Any = None,
     place: Place | None = None,
 ) -> Backbone:
     """Returns the backbone at `name_or_path`: config, parameters (ARCHITECTURE.md has the tree) and tokenizer.
 
     Args:
-      name_or_path: a folder with config.json and safetensors, a `.gguf` file, `packaged:smollm2-135m-instruct`, or the
-        name of a model on the Hugging Face hub.
+      name_or_path: a folder with config.json and safetensors, a `.gguf` file, a T5X checkpoint (`.../checkpoint_N`,
+        local or `gs://bucket/...`), `packaged:smollm2-135m-instruct`, or the name of a model on the Hugging Face hub.
       dtype: of the parameters and of the computation, `float32` or `bfloat16`.
       scan_layers: stack the layers on a leading axis, for models that compile slowly layer by layer.
       revision: a branch, tag or commit of a model on the hub.
       dropout_rate: replaces the dropout rate in T5's config; the LLaMA family has no dropout.
+      tokenizer: replaces the tokenizer beside the weights: a folder, `spiece.model`, `tokenizer.json`, `packaged:t5`,
+        `packaged:mt5`, a name on the hub, or a loaded transformers tokenizer. T5X checkpoints have none of their own.
       place: `place(path, array)` turns each finished host array into the tree's leaf, for instance a sharded one; by
         default a jax array on the default device.
 
-    The peak of host memory is the tree itself and a few megabytes. Raises `UserError`, in one line that names the file
-    and the field or tensor, for whatever cannot be loaded faithfully.
+    The peak of host memory is the tree itself and a few megabytes (of a T5X checkpoint, a few of its chunks). Raises
+    `UserError`, in one line that names the file and the field or tensor, for whatever cannot be loaded faithfully.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    path = _locate(name_or_path, revision)
-    source: TensorSource
-    if path.is_dir():
-        config: Any = read_config(path)
-        config = _computed(config, dtype, scan_layers, dropout_rate)
-        tokenizer = load_tokenizer(path)
-        source = SafetensorsFolder(path)
-    else:
-        file = source = GGUFFile(path)
-        config = _computed(config_from_gguf(file), dtype, scan_layers, dropout_rate)
-        tokenizer = tokenizer_from_gguf(file.metadata, str(path))
-    if len(tokenizer) > config.vocab_size:
+    opened = _open(_locate(name_or_path, revision))
+    config = _computed(opened.config, dtype, scan_layers, dropout_rate)
+    chosen = opened.tokenizer() if tokenizer is None else chosen_tokenizer(tokenizer)
+    if len(chosen) > config.vocab_size:
         raise UserError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model only {config.vocab_size} embeddings;"
+            f"{opened.where}: the tokenizer has {len(chosen)} tokens but the model only {config.vocab_size} embeddings;"
             " take the tokenizer that belongs to the model"
         )
-    params = fill_tree(config, source, scan_layers=scan_layers, dtype=dtype, place=place)
-    return Backbone(str(name_or_path), config, params, tokenizer)
+    params = opened.fill(config, scan_layers=scan_layers, dtype=dtype, place=place)
+    return Backbone(str(name_or_path), config, params, chosen)
 
 
-def _locate(name_or_path: str | Path, revision: str | None) -> Path:
-    """Returns the folder or file to read, downloaded where it is not local."""
+class _Opened(NamedTuple):
+    """A checkpoint of some format: its config, and what reads its tokenizer and its parameters."""
+
+    where: str
+    config: Any
+    tokenizer: Callable[[], Any]
+    fill: Callable[..., Tree]
+
+
+def _open(place: str | Path) -> _Opened:
+    if is_t5x(place):
+        store = T5XStore(place)
+        return _Opened(store.where, t5x_config(store), partial(_tokenizer_beside, store.where), _with(fill_t5x, store))
+    path = Path(place)
+    if path.is_dir():
+        config, source = read_config(path), SafetensorsFolder(path)
+        return _Opened(str(path), config, partial(load_tokenizer, path), _with(fill_tree, source))
+    file = GGUFFile(path)
+    tokenizer = partial(tokenizer_from_gguf, file.metadata, str(path))
+    return _Opened(str(path), config_from_gguf(file), tokenizer, _with(fill_tree, file))
+
+
+def _with(fill: Callable[..., Tree], source: Any) -> Callable[..., Tree]:
+    return lambda config, **options: fill(config, source, **options)
+
+
+def _tokenizer_beside(where: str) -> Any:
+    """Returns the tokenizer that somebody put into a T5X checkpoint's folder."""
+    folder = Path(where).expanduser()
+    if where.startswith(BUCKET) or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{where}: a T5X checkpoint has no tokenizer; give one with tokenizer= or --tokenizer, for T5's vocabulary"
+            " packaged:t5, for mT5's packaged:mt5"
+        )
+    return load_tokenizer(folder)
+
+
+def _locate(name_or_path: str | Path, revision: str | None) -> str | Path:
+    """Returns the folder or file to read, downloaded where it is not local; a place in a bucket as it stands."""
     name = str(name_or_path)
-    if name.startswith(packaged.PREFIX):
+    path: str | Path
+    if name.startswith(BUCKET):
+        path = name
+    elif name.startswith(packaged.PREFIX):
         path = packaged.model(name)
     else:
         path = Path(name).expanduser()
@@ -76,7 +116,7 @@ def _locate(name_or_path: str | Path, revision: str | None) -> Path:
             return download(name, revision)
     if revision is not None:
         raise UserError(f"revision '{revision}' was given, but '{name}' is not a model on the hub; leave it out")
-    if path.is_file() and path.suffix != ".gguf":
+    if isinstance(path, Path) and path.is_file() and path.suffix != ".gguf" and not is_t5x(path):
         raise UserError(f"{path}: expected a folder or a .gguf file; give the folder that holds config.json")
     return path
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from deptjax.errors import UserError, nearest
+from deptjax.interop import packaged
+from deptjax.interop.huggingface import download
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # ggml's kinds of tokens
 _SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -22,6 +27,13 @@ _LLAMA3_SPLIT = "|".join(
         r"\s+",
     )
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model")
+_USUAL_SPECIAL_TOKENS = {
+    "pad_token": ("<pad>", "[PAD]"),
+    "eos_token": ("</s>", "<eos>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>"),
+    "unk_token": ("<unk>", "[UNK]"),
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
+}
 PRE_TOKENIZERS = ("smollm", "llama-bpe", "gpt-2", "default")
 
 
@@ -38,11 +50,85 @@ def load_tokenizer(path: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)) and type(error) is not Exception:
+            raise  # the Rust side raises plain Exception, for a tokenizer.json that it cannot read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path}: no tokenizer can be read from this folder ({reason}); copy tokenizer.json there"
         ) from None
+
+
+def chosen_tokenizer(chosen: Any) -> Any:
+    """Returns the transformers tokenizer that a user names in place of the one beside the weights.
+
+    `chosen` is a folder, a `.gguf` file, a sentencepiece `.model`, a `tokenizer.json`, `packaged:t5` or `packaged:mt5`,
+    a name on the model hub, or a loaded tokenizer, which is returned as it is. Raises `UserError`.
+    """
+    if not isinstance(chosen, (str, Path)):
+        return chosen
+    name = str(chosen)
+    if name.startswith(packaged.PREFIX):
+        return load_tokenizer(packaged.tokenizer_folder(name.removeprefix(packaged.PREFIX)))
+    path = Path(name).expanduser()
+    if name and path.exists():
+        if path.is_file() and path.suffix in (".model", ".json"):
+            return _from_file(path)
+        if path.is_file() and path.suffix != ".gguf":
+            raise UserError(f"{path}: expected a tokenizer's folder, tokenizer.json, a .model or a .gguf file")
+        return load_tokenizer(path)
+    looks_local = isinstance(chosen, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not name or looks_local or name.endswith((".model", ".json", ".gguf")):
+        raise UserError(f"tokenizer '{name}': there is no such file or folder; check the path")
+    return load_tokenizer(download(name, weights=False))
+
+
+def _from_file(path: Path) -> Any:
+    """Returns the tokenizer of a single file, with its settings where they stand beside it."""
+    if path.name in TOKENIZER_FILES and (path.parent / "tokenizer_config.json").is_file():
+        return load_tokenizer(path.parent)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        if path.suffix == ".model":
+            shutil.copyfile(path, folder / "spiece.model")
+            settings = {"tokenizer_class": _sentencepiece_class(path)}
+        else:
+            shutil.copyfile(path, folder / "tokenizer.json")
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(path)}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        try:
+            return load_tokenizer(folder)
+        except UserError:
+            raise UserError(f"{path}: no tokenizer can be read from this file; give the folder of its model") from None
+
+
+def _sentencepiece_class(path: Path) -> str:
+    """Returns the transformers class for a sentencepiece model: T5's are unigram models."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise UserError(f"{path}: not a sentencepiece model; give spiece.model or tokenizer.json") from None
+    if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
+        raise UserError(f"{path}: not a unigram model, as T5's are; give the folder of its model, with its settings")
+    return "T5Tokenizer"
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    """Returns the usual special tokens among those that a `tokenizer.json` adds: the file does not say their roles."""
+    try:
+        added = {str(token["content"]) for token in json.loads(path.read_text(encoding="utf-8"))["added_tokens"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a tokenizer.json; give the file that transformers or tokenizers wrote") from None
+    found = {}
+    for role, names in _USUAL_SPECIAL_TOKENS.items():
+        token = next((name for name in names if name in added), None)
+        if token is not None:
+            found[role] = token
+    return found
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any], where: str = "gguf") -> Any:

@@ -100,6 +100,8 @@ def test_rows(
         (["--dev-size", 99], "are too few to draw"),
         (["--dtype", "float31"], "float31"),
         (["--model", "no/such/folder/here"], "no/such/folder/here"),
+        (["--tokenizer", "no/such/tokenizer"], "tokenizer 'no/such/tokenizer': there is no such file or folder"),
+        (["--gin.load_backbone.tokenizer='packaged:t6'"], "unknown packaged tokenizer 't6'; there are: t5, mt5"),
         (
             ["--labels", "negative,positive", "--verbalizers", "positive=very good", "--loss", "labels"],
             "is 2 tokens (very good)",

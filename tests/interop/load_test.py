@@ -285,7 +285,7 @@ def test_local_paths_have_no_revision_and_are_of_two_kinds(tmp_path: Path) -> No
         load_backbone(Path("nobody/no-such-model"))
 
 
-_MEASURE = """
+MEASURE = """
 import gc, json, sys
 import jax
 from deptjax.interop.load import load_backbone
@@ -323,7 +323,7 @@ def test_the_peak_of_memory_is_the_tree_and_one_tensor(
     size = {"hidden_size": 512, "intermediate_size": 1280, "num_hidden_layers": 4, "num_attention_heads": 8}
     large = _large_model(kind, stored, tmp_path, **size, num_key_value_heads=8, vocab_size=7000)
     small = write_gguf(tmp_path / "s.gguf") if kind == "gguf" else write_folder("llama_gqa", tmp_path / "small")
-    command = [sys.executable, "-c", _MEASURE, str(small), str(large), json.dumps(options)]
+    command = [sys.executable, "-c", MEASURE, str(small), str(large), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout.splitlines()[-1])
     width = 2 if options["dtype"] == "bfloat16" else 4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deptjax.errors import UserError
-from deptjax.interop.tokenizers import PRE_TOKENIZERS, load_tokenizer, tokenizer_from_gguf
+from deptjax.interop.tokenizers import PRE_TOKENIZERS, chosen_tokenizer, load_tokenizer, tokenizer_from_gguf
 from deptjax.testing import tiny_tokenizer
 
 CORPUS = [
@@ -175,3 +175,85 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "absent")
+
+
+def sentencepiece_model(folder: Path, kind: str) -> Path:
+    """Trains a sentencepiece model on the corpus, with T5's special tokens, and returns its file."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20),
+        model_prefix=str(folder / kind),
+        model_type=kind,
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return folder / f"{kind}.model"
+
+
+def test_a_chosen_tokenizer_is_a_folder_a_file_or_one_that_is_loaded(tmp_path: Path) -> None:
+    loaded = tiny_tokenizer(("film", "good"))
+    assert chosen_tokenizer(loaded) is loaded
+    loaded.save_pretrained(tmp_path / "folder")
+    alone = tmp_path / "alone" / "tokenizer.json"
+    alone.parent.mkdir()
+    alone.write_bytes((tmp_path / "folder" / "tokenizer.json").read_bytes())
+    for place in (tmp_path / "folder", str(tmp_path / "folder" / "tokenizer.json"), alone):
+        tokenizer = chosen_tokenizer(place)
+        assert tokenizer("good film").input_ids == [4, 3]
+        assert len(tokenizer) == 5
+    # The file alone does not say which token ends a text; the usual one is taken where it is there.
+    named = json.loads(alone.read_text())
+    named["added_tokens"] = [{**named["added_tokens"][0], "id": 1, "content": "</s>"}, *named["added_tokens"][1:]]
+    alone.write_text(json.dumps(named))
+    assert chosen_tokenizer(alone).eos_token_id == 1
+
+
+def test_a_sentencepiece_file_is_t5s_tokenizer(tmp_path: Path) -> None:
+    import sentencepiece
+
+    file = sentencepiece_model(tmp_path, "unigram")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    tokenizer = chosen_tokenizer(file)
+    for text in CORPUS[::2]:
+        assert tokenizer(text).input_ids == [*pieces.encode(text), 1]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, 160)
+    with pytest.raises(UserError, match="not a unigram model, as T5's are"):
+        chosen_tokenizer(sentencepiece_model(tmp_path, "bpe"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("x.model", b"\xff\xff", r"x\.model: not a sentencepiece model"),
+        ("tokenizer.json", b"{}", r"tokenizer\.json: not a tokenizer\.json"),
+        ("tokenizer.json", b'{"added_tokens": []}', "no tokenizer can be read from this file"),
+        ("words.txt", b"a b", r"expected a tokenizer's folder, tokenizer\.json"),
+    ],
+)
+def test_a_chosen_file_that_is_no_tokenizer_is_one_line(name: str, content: bytes, match: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=match) as caught:
+        chosen_tokenizer(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("./absent", "there is no such file or folder"),
+        ("absent.model", "there is no such file or folder"),
+        (Path("absent"), "there is no such file or folder"),
+        ("", "there is no such file or folder"),
+        ("packaged:t6", "unknown packaged tokenizer 't6'; there are: t5, mt5"),
+        ("nobody/no-such-model-3.2", "the model hub is not reachable"),
+    ],
+)
+def test_a_chosen_name_that_leads_nowhere_is_one_line(name: str | Path, match: str) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        chosen_tokenizer(name)
+    assert "\n" not in str(caught.value)
