@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +109,9 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(tmp_path: Path)
         save_t5x(make(), tmp_path / "file")
     broken = make()
     broken.params["decoder"]["decoder_norm"]["scale"] = np.array(["text"])
-    with pytest.raises((UserError, TypeError)):
+    with pytest.raises(UserError, match=r"'target\.decoder\.decoder_norm\.scale' cannot be written"):
         save_t5x(broken, tmp_path, step=1)
     assert sorted(child.name for child in tmp_path.iterdir()) == ["checkpoint_0", "file"]
-    shutil.rmtree(place)
 
 
 @pytest.mark.parametrize(
