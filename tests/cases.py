@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.inference.rows import Rows
-from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PromptTuning
+from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
 from deptjax.testing import tiny_llama, tiny_t5
@@ -25,6 +25,7 @@ MAX_LENGTH = 13
 METHODS: dict[str, Method] = {
     "dept": DePT(prompt_length=5, rank=3, max_length=MAX_LENGTH, prompt_init="vocab"),
     "prompt_tuning": PromptTuning(prompt_length=5, prompt_init="vocab"),
+    "prefix_tuning": PrefixTuning(prefix_length=3),
     "lora": LoRA(rank=3),
     "full": FullFineTuning(),
 }

@@ -16,6 +16,7 @@ from deptjax.interop.array_files import array_bytes
 from deptjax.interop.official_dept import KIND as DEPT
 from deptjax.interop.official_dept import read_dept
 from deptjax.interop.peft_lora import lora_files, read_lora
+from deptjax.interop.peft_prefix import prefix_files, read_prefix
 from deptjax.interop.peft_prompts import read_soft_prompt, soft_prompt_files
 from deptjax.models.backbone import Backbone
 from deptjax.typing import Tree
@@ -26,11 +27,13 @@ Writer = Callable[[dict[str, Any], Tree, Backbone], tuple[dict[str, Any], Tree]]
 READERS: dict[str, Reader] = {  # by `peft_type`
     "PROMPT_TUNING": read_soft_prompt,
     "P_TUNING": read_soft_prompt,
+    "PREFIX_TUNING": read_prefix,
     "LORA": read_lora,
     DEPT: read_dept,
 }
 WRITERS: dict[str, Writer] = {  # by the method's kind
     "prompt_tuning": soft_prompt_files,
+    "prefix_tuning": prefix_files,
     "lora": lora_files,
 }
 _TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # by whether the backbone is an encoder-decoder

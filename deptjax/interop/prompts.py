@@ -8,8 +8,6 @@ import shutil
 import uuid
 from pathlib import Path
 
-import jax
-import numpy as np
 from flax import traverse_util
 
 from deptjax.data.tasks import Task, get_task
@@ -131,13 +129,10 @@ def _any_text(path: Path, positions: int | None) -> Task:
 
 def _check_shapes(path: Path, prompt: Prompt, backbone: Backbone) -> None:
     """Raises `UserError` for parameters that are not those of the prompt's method on this backbone."""
-    config = prompt.method_config
-    if "prompt_init" in config:  # how a prompt starts does not change its shape, and may need files
-        config["prompt_init"] = "random"
-    method = Prompt.build(config, {}, backbone).method
-    model = PromptedModel.build(backbone, method)
-    vocabulary = backbone.vocabulary()
-    wanted = _shapes(jax.eval_shape(lambda key: model.init(key, backbone.params, vocabulary)[0], jax.random.key(0)))
+    if prompt.method.tunes_backbone:
+        wanted = _shapes({"backbone": backbone.params})
+    else:
+        wanted = _shapes(PromptedModel.build(backbone, prompt.method).shapes(backbone.width))
     actual = _shapes(prompt.trainable)
     for name in wanted | actual:
         if actual.get(name) != wanted.get(name):
@@ -147,8 +142,7 @@ def _check_shapes(path: Path, prompt: Prompt, backbone: Backbone) -> None:
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-    leaves = traverse_util.flatten_dict(tree, sep="/")
-    return {name: tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf) for name, leaf in leaves.items()}
+    return {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def check_free(path: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""The methods: DePT, prompt tuning, LoRA, full fine-tuning. One file each; `base.py` says what a method is."""
+"""The methods, one file each: DePT, prompt and prefix tuning, LoRA, full fine-tuning. `base.py` says what one is."""
 
 from deptjax.methods.base import (
     AttentionSite,
@@ -16,6 +16,7 @@ from deptjax.methods.base import (
 from deptjax.methods.dept import DePT, dept_offset, rank_for_budget
 from deptjax.methods.full import FullFineTuning
 from deptjax.methods.lora import LoRA
+from deptjax.methods.prefix_tuning import PrefixTuning
 from deptjax.methods.prompt_tuning import PromptTuning
 from deptjax.methods.zero_shot import ZeroShot
 
@@ -26,6 +27,7 @@ __all__ = [
     "LinearSite",
     "LoRA",
     "Method",
+    "PrefixTuning",
     "PromptTuning",
     "ResidualSite",
     "Sites",

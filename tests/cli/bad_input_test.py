@@ -73,7 +73,7 @@ def test_rows(
         ),
         (
             ["--method", "detp"],
-            "unknown method 'detp'; there are: dept, full, lora, prompt_tuning. Did you mean 'dept'?",
+            "unknown method 'detp'; there are: dept, full, lora, prefix_tuning, prompt_tuning. Did you mean 'dept'?",
         ),
         (
             ["--method", "lora"],

@@ -63,6 +63,14 @@ ADAPTERS: dict[str, Adapter] = {
         {"r": 2, "use_rslora": True, "target_modules": ["up_proj", "gate_proj"], "layers_to_transform": [0, 2]},
         safetensors=False,
     ),
+    "peft_prefix_llama": Adapter("llama_gqa", "PrefixTuningConfig", {"num_virtual_tokens": 4}),
+    "peft_prefix_llama_scaled": Adapter("llama_rope_llama3", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "peft_prefix_mistral_projected": Adapter(
+        "mistral",
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 6},
+        safetensors=False,
+    ),
     "peft_lora_t5": Adapter("t5_v1_1", "LoraConfig", {"r": 2, "lora_alpha": 3, "target_modules": ["q", "v", "wo"]}),
 }
 
