@@ -13,7 +13,7 @@ from deptjax.interop.load import load_backbone
 from deptjax.models.backbone import Backbone
 
 # Methods
-from deptjax.methods import DePT, FullFineTuning, LoRA, PromptTuning, ZeroShot
+from deptjax.methods import DePT, FullFineTuning, LoRA, PrefixTuning, PromptTuning, ZeroShot
 
 # Tasks
 from deptjax.data.sources import FileSource, MemorySource
@@ -29,6 +29,7 @@ from deptjax.interop.prompts import export_prompt, load_prompt
 # Use
 from deptjax.inference.answers import Answer, Generation
 from deptjax.inference.decoding import Decoding
+from deptjax.inference.embeddings import input_embeddings
 from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.inference.prompt_bank import PromptBank
 from deptjax.prompt import Prompt
@@ -48,6 +49,7 @@ __all__ = [
     "LoRA",
     "MemorySource",
     "Predictor",
+    "PrefixTuning",
     "Prompt",
     "PromptBank",
     "PromptTuning",
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate",
     "export_prompt",
     "get_task",
+    "input_embeddings",
     "load_backbone",
     "load_prompt",
     "register_task",

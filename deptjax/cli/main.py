@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ COMMANDS = {
     "train": "tune a prompt (DePT, prompt tuning, LoRA, or the whole model) on a task",
     "evaluate": "score a tuned prompt on a split of a task",
     "predict": "answer texts with a tuned prompt",
+    "export": "write a tuned prompt for HF peft, DePT's authors' code, numpy, or a server that takes embeddings",
+    "import": "make a prompt of an adapter of HF peft or of DePT's authors, or of bare arrays",
 }
 
 
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the first word names. Returns the exit status (see `deptjax.cli.entry`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
-        command = importlib.import_module(f"deptjax.cli.{words[0]}").main
+        module = words[0] + "_" * keyword.iskeyword(words[0])
+        command = importlib.import_module(f"deptjax.cli.{module}").main
         return int(command(words[1:]))
     return run_command(_no_command, words)
 
