@@ -285,7 +285,7 @@ def test_a_damaged_prompt(
 def test_other_commands(deptjax: Command) -> None:
     assert (
         deptjax("trian").error
-        == "there is no command 'trian'; there are train, evaluate, predict. Did you mean 'train'?"
+        == "there is no command 'trian'; there are train, evaluate, predict, export, import. Did you mean 'train'?"
     )
     assert "no --prompt; it names a saved prompt" in deptjax("predict").error
     assert "no --prompt; it names a saved prompt" in deptjax("evaluate").error
