@@ -39,7 +39,10 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
     Raises `UserError` for a tokenizer that joins tokens by a rule which is not known here.
     """
     first, later = _rule(tokenizer)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        special = set(tokenizer.all_special_ids)
+    else:
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     shown = [None if i in special or token is None else token for i, token in enumerate(tokens)]
     return TokenBytes(*(tuple(None if t is None else rule(t) for t in shown) for rule in (first, later)))

@@ -20,7 +20,7 @@ from deptjax.interop.load import load_backbone
 from deptjax.methods import DePT, ZeroShot
 from deptjax.models.prompted import PromptedModel
 from tests.cases import Case, make_case, padded, rows_of
-from tests.inference.torch_oracle import PAD, load, torch_inputs, torch_model, torch_texts, tuned
+from tests.inference.torch_oracle import PAD, load, one_thread, torch_inputs, torch_model, torch_texts, tuned
 
 ROWS = rows_of((7, 3, 5))
 
@@ -58,17 +58,18 @@ def torch_until(family: str, method: str, decoding: Decoding, eos: tuple[int, ..
             texts = [text_of(case, row) for row in input_ids.numpy()]
             return torch.tensor([any(stop in text for stop in decoding.stop) for text in texts])
 
-    out = torch_model(family, method).generate(
-        **torch_inputs(case, ROWS),
-        stopping_criteria=StoppingCriteriaList([Holds()]),
-        max_new_tokens=decoding.max_new_tokens,
-        num_beams=decoding.num_beams,
-        num_return_sequences=decoding.num_return,
-        eos_token_id=list(eos),
-        pad_token_id=PAD,
-        do_sample=False,
-        use_cache=family == "llama",
-    )
+    with one_thread():
+        out = torch_model(family, method).generate(
+            **torch_inputs(case, ROWS),
+            stopping_criteria=StoppingCriteriaList([Holds()]),
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            num_return_sequences=decoding.num_return,
+            eos_token_id=list(eos),
+            pad_token_id=PAD,
+            do_sample=False,
+            use_cache=family == "llama",
+        )
     return out[:, int(family == "t5") :].numpy().reshape(len(ROWS), decoding.num_return, -1)
 
 
@@ -143,7 +144,7 @@ def test_a_tokenizer_whose_bytes_are_not_known_is_told() -> None:
 @functools.cache
 def smollm2(method: str) -> Case:
     """Returns the real model alone, or with a DePT prompt that is moved a little."""
-    backbone = load_backbone("packaged:smollm2-135m-instruct")
+    backbone = load_backbone("packaged:smollm2-135m-instruct", scan_layers=True)  # compiles faster
     if method == "zero_shot":
         return Case(backbone, PromptedModel.build(backbone, ZeroShot()), {}, backbone.params)
     case = make_case(backbone, DePT(prompt_length=4, rank=2, max_length=32, prompt_init="text"))

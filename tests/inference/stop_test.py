@@ -11,7 +11,6 @@ import pytest
 
 from deptjax.inference.stop import ACCEPT, START, advance, byte_automaton, cut_at_stop, stop_table
 from deptjax.interop import packaged
-from deptjax.interop.token_bytes import token_bytes
 from deptjax.interop.tokenizers import load_tokenizer, tokenizer_from_gguf
 from deptjax.testing import tiny_tokenizer
 
@@ -37,11 +36,15 @@ def sentencepiece() -> Any:
 
 @functools.cache
 def tokenizer_of(name: str) -> Any:
-    """Returns a tokenizer by name: two real ones, and two of other kinds."""
+    """Returns a tokenizer by name: two real ones, and others of other kinds."""
     if name == "smollm2":
         return load_tokenizer(packaged.model("smollm2-135m-instruct"))
     if name == "t5":
         return load_tokenizer(packaged.tokenizer_folder("t5"))
+    if name == "byt5":
+        from transformers import ByT5Tokenizer
+
+        return ByT5Tokenizer()
     return sentencepiece() if name == "sentencepiece" else tiny_tokenizer()
 
 
@@ -91,7 +94,7 @@ def test_random_tokens(name: str) -> None:
     assert missed > 10
 
 
-@pytest.mark.parametrize("name", ["smollm2", "t5", "sentencepiece"])
+@pytest.mark.parametrize("name", ["smollm2", "t5", "sentencepiece", "byt5"])
 def test_text_in_many_alphabets(name: str) -> None:
     """Strings that span tokens, begin inside of one, end inside of one, overlap, or are one of several characters."""
     tokenizer = tokenizer_of(name)
@@ -109,7 +112,7 @@ def test_text_in_many_alphabets(name: str) -> None:
     assert hits > 20
 
 
-@pytest.mark.parametrize("name", ["smollm2", "t5", "sentencepiece", "words"])
+@pytest.mark.parametrize("name", ["smollm2", "t5", "sentencepiece", "words", "byt5"])
 def test_the_beginning_of_a_text_and_special_tokens(name: str) -> None:
     """The space in front of a text is not in it, whatever special tokens are before; that of a later word is."""
     tokenizer = tokenizer_of(name)
@@ -160,11 +163,3 @@ def test_cut_at_stop_is_the_same_wherever_the_text_ends() -> None:
         cut = cut_at_stop(text[:first], stops)
         assert all(cut_at_stop(text[:n], stops) == cut for n in range(first, 13))
         assert not any(stop in cut for stop in stops)
-
-
-def test_byte_tokens_and_letters() -> None:
-    assert token_bytes(tokenizer_of("smollm2")).later[tokenizer_of("smollm2").convert_tokens_to_ids("Ġthe")] == b" the"
-    first, later = token_bytes(tokenizer_of("sentencepiece"))
-    assert later[3 + 0xE9] == b"\xe9"
-    assert (first[3 + 0x20], later[3 + 0x20]) == (b"", b" ")
-    assert first[2] is None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -87,16 +88,27 @@ def torch_inputs(case: Case, rows: Sequence[np.ndarray]) -> dict[str, Any]:
     return {"inputs_embeds": torch.from_numpy(embeds), "attention_mask": torch.from_numpy(mask)}
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch work in one thread: in small steps its threads mostly wait for each other, on a busy machine long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def torch_texts(
     model: Any, case: Case, rows: Sequence[np.ndarray], decoding: Decoding, eos_ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns torch's tokens (B, N, up to G), `PAD` behind the end, and in a beam search its scores (B, N)."""
-    import torch
-
     beams = {}
     if decoding.is_beam_search:
         beams = {name: getattr(decoding, name) for name in ("num_beams", "length_penalty", "early_stopping")}
-    with torch.no_grad():
+    with one_thread():
         out = model.generate(
             **torch_inputs(case, rows),
             **beams,
