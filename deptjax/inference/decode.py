@@ -26,10 +26,8 @@ from deptjax.inference.controls import (
     end_reasons,
     first_states,
     hold_back_eos,
-    make_controls,
     nothing_yet,
 )
-from deptjax.inference.decoding import Decoding
 from deptjax.inference.rows import Rows, extend_rows, start_rows
 from deptjax.inference.stop import advance
 from deptjax.typing import Array, Bool, Float, Int, Tokens, Tree
@@ -105,23 +103,6 @@ def decode(
     loop = _Loop(jnp.zeros((), jnp.int32), cache, none, first_states(batch, texts), empty)
     loop = step(loop, jnp.broadcast_to(logits[:, None], (batch, texts, logits.shape[-1])))
     return jax.lax.while_loop(lambda loop: jnp.any(loop.texts.ended == RUNNING), body, loop).texts
-
-
-def greedy(
-    model: Any,
-    frozen: Tree,
-    rows: Rows,
-    source: Tokens,
-    source_mask: Bool[Array, "B T"],
-    *,
-    max_new: int,
-    eos_id: int,
-    pad_id: int,
-) -> Int[Array, "B G"]:
-    """Returns the greedy tokens alone: (B, max_new) int32, `pad_id` behind a row's `eos_id`."""
-    batch = source.shape[0]
-    controls = make_controls(Decoding(max_new), batch, eos_ids=(eos_id,), pad_id=pad_id)
-    return decode(model, frozen, rows, source, source_mask, controls, max_new=max_new).tokens[:, 0]
 
 
 def _write(buffer: Array, values: Array, t: Array) -> Array:
