@@ -130,15 +130,15 @@ def markdown(results: Record) -> str:
     return "\n\n".join(parts)
 
 
-def write_between_markers(path: pathlib.Path, text: str) -> None:
+def write_between_markers(path: pathlib.Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replaces what stands between the two markers in a file. Raises `UserError` when they are not there once each."""
     if not path.exists():
-        raise UserError(f"{path} does not exist; name a file that holds {BEGIN} and {END}")
+        raise UserError(f"{path} does not exist; name a file that holds {begin} and {end}")
     old = path.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(END) < old.index(BEGIN):
-        raise UserError(f"{path} must hold the lines {BEGIN} and {END} once each, in this order; add them")
-    before, rest = old.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(end) < old.index(begin):
+        raise UserError(f"{path} must hold the lines {begin} and {end} once each, in this order; add them")
+    before, rest = old.split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def _conditions(results: Record) -> str:

@@ -21,6 +21,7 @@ import time
 from typing import Any, Protocol
 
 from benchmarks.cases import Entrant
+from benchmarks.decode_cases import Decoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _STATUS = pathlib.Path("/proc/self/status")
@@ -48,8 +49,8 @@ class Runner(Protocol):
 class Worker:
     """The leader's end: starts the process and asks it."""
 
-    def __init__(self, entrant: Entrant, threads: int):
-        self.entrant = entrant
+    def __init__(self, entrant: Entrant | Decoder, threads: int):
+        self.entrant: Any = entrant
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         environment = {
             **os.environ,
@@ -167,15 +168,26 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def make_runner(side: str, entrant: Entrant, threads: int) -> Runner:
-    """Returns a side's runner; only that side's libraries are imported."""
+def make_runner(side: str, spec: dict[str, Any], threads: int) -> Runner:
+    """Returns a side's runner, of training or, where `spec` says how many new tokens, of decoding.
+
+    Only that side's libraries are imported.
+    """
+    if "new_tokens" in spec and side == "torch":
+        from benchmarks.decode_torch import TorchDecoder
+
+        return TorchDecoder(Decoder(**spec), threads)
+    if "new_tokens" in spec:
+        from benchmarks.decode_jax import JaxDecoder
+
+        return JaxDecoder(Decoder(**spec))
     if side == "torch":
         from benchmarks.torch_side import TorchRunner
 
-        return TorchRunner(entrant, threads)
+        return TorchRunner(Entrant(**spec), threads)
     from benchmarks.jax_side import JaxRunner
 
-    return JaxRunner(entrant)
+    return JaxRunner(Entrant(**spec))
 
 
 def serve(side: str) -> None:
@@ -194,7 +206,7 @@ def serve(side: str) -> None:
         began = time.perf_counter()
         if command["do"] == "build":
             pin(command["threads"])
-            runner = make_runner(side, Entrant(**command["entrant"]), command["threads"])
+            runner = make_runner(side, command["entrant"], command["threads"])
             answer = {**runner.describe(), "build_s": time.perf_counter() - began, "built_mib": memory_mib("VmRSS")}
         elif command["do"] == "reset":
             answer = {"peak_is_of_steps": reset_peak()}
