@@ -66,8 +66,8 @@ class Checkpoints:
 class disk_errors:  # noqa: N801 - a context manager, used like a function
     """Turns a full disk, or a folder that cannot be written, into a `UserError` that names it."""
 
-    def __init__(self, place: str | os.PathLike[str]) -> None:
-        self.place = place
+    def __init__(self, place: str | os.PathLike[str], remedy: str = "choose another workdir") -> None:
+        self.place, self.remedy = place, remedy
 
     def __enter__(self) -> None:
         pass
@@ -88,7 +88,7 @@ class disk_errors:  # noqa: N801 - a context manager, used like a function
             errno.ENOTDIR,
             errno.EEXIST,
         ):
-            raise UserError(f"cannot write {self.place}: {error.strerror}; choose another workdir") from error
+            raise UserError(f"cannot write {self.place}: {error.strerror}; {self.remedy}") from error
 
 
 def _with_key_data(state: TrainState) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import hashlib
 import io
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,7 @@ from typing import Any
 from deptjax.data.templates import Row
 from deptjax.errors import UserError
 
+_ENDS = 1 << 16  # bytes at either end of a file that are digested
 _JSON_LINES = (".jsonl", ".ndjson")
 _OTHER = (".json", ".csv", ".tsv", ".parquet")
 
@@ -25,11 +29,12 @@ class Lines:
       path: a file, or `-`.
       format: `lines`, `jsonl`, or `None` to tell it: by a file's ending, by the first letter of standard input.
       encoding: of the text.
-      columns: of the template; a bare text fills the only one.
+      columns: of the template; a bare text fills the only one. None where each row has a template of its own.
 
     Attributes:
       name: for messages.
       format: `lines` or `jsonl`.
+      path: of the file; `None` for standard input.
       twice: whether `rows` may be called more than once, as on a file.
 
     Raises `UserError` for a file that cannot be read, an ending that means another format, bare texts where the
@@ -42,13 +47,17 @@ class Lines:
             self._encoding = codecs.lookup(encoding).name
         except LookupError:
             raise UserError(f"--encoding '{encoding}' is not known; use utf-8, latin-1 or utf-16, say") from None
-        self._path = None if path == "-" else pathlib.Path(path).expanduser()
+        self.path = None if path == "-" else pathlib.Path(path).expanduser()
         self._columns = tuple(columns)
         self._stdin: Iterator[bytes | str] | None = None
-        self.name = "standard input" if self._path is None else str(self._path)
+        self.name = "standard input" if self.path is None else str(self.path)
         # Pipes have a name too (`<(...)`), and can be read only once.
-        self.twice = self._path is not None and (self._path.is_file() or not self._path.exists())
+        self.twice = self.path is not None and (self.path.is_file() or not self.path.exists())
         self.format = format or self._told()
+        if self.format == "lines" and not self._columns:
+            raise UserError(
+                f"{self.name}: a bare text names no task; say --task NAME, or give JSON lines that name theirs"
+            )
         if self.format == "lines" and len(self._columns) > 1:
             there = ", ".join(self._columns)
             raise UserError(f"{self.name}: the prompt needs the columns {there}; give JSON lines with these")
@@ -65,9 +74,23 @@ class Lines:
             elif text.strip():
                 yield Row(_object(text, where), where)
 
+    def config(self) -> dict[str, Any] | None:
+        """Returns what tells the file from others, JSON-ready: name, size, SHA-256 of the first and last 64 KiB.
+
+        `None` where the input can be read only once.
+        """
+        if self.path is None or not self.twice:
+            return None
+        with self._read_errors(), self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = hashlib.sha256(file.read(_ENDS)).hexdigest()
+            file.seek(max(0, size - _ENDS))
+            tail = hashlib.sha256(file.read(_ENDS)).hexdigest()
+        return {"name": self.path.name, "size": size, "head_sha256": head, "tail_sha256": tail}
+
     def _told(self) -> str:
-        if self._path is not None:
-            ending = self._path.suffix.lower()
+        if self.path is not None:
+            ending = self.path.suffix.lower()
             if ending in _OTHER:
                 raise UserError(
                     f"{self.name}: {ending} is not read here; give JSON lines (.jsonl) or a text a line, or say which "
@@ -89,12 +112,16 @@ class Lines:
         if self._stdin is not None:
             yield from self._stdin
             return
+        with self._read_errors(), sys.stdin.buffer if self.path is None else self.path.open("rb") as file:
+            if "\n".encode(self._encoding) == b"\n":
+                yield from file
+            else:
+                yield from io.TextIOWrapper(file, encoding=self._encoding, newline="\n")
+
+    @contextlib.contextmanager
+    def _read_errors(self) -> Iterator[None]:
         try:
-            with sys.stdin.buffer if self._path is None else self._path.open("rb") as file:
-                if "\n".encode(self._encoding) == b"\n":
-                    yield from file
-                else:
-                    yield from io.TextIOWrapper(file, encoding=self._encoding, newline="\n")
+            yield
         except FileNotFoundError:
             raise UserError(f"{self.name}: no such file") from None
         except IsADirectoryError:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,20 +12,32 @@ from deptjax.cli.entry import run_command
 from deptjax.errors import UserError
 
 if TYPE_CHECKING:
+    from deptjax.cli.answers import Output
+    from deptjax.cli.flags import Parser
+    from deptjax.cli.lines import Lines
+    from deptjax.cli.prompts import Prompts
     from deptjax.data.templates import Row
     from deptjax.inference.evaluator import Answer
+    from deptjax.inference.predictor import Predictor
 
 EXAMPLES = """
   echo 'How far is the moon ?' | deptjax predict --prompt runs/trec6/prompt
   deptjax predict --prompt runs/trec6/prompt questions.txt --output answers.jsonl
   deptjax predict --prompt runs/trec6/prompt rows.jsonl --scores | head
+  deptjax predict --prompt runs/trec6/prompt --prompt films=runs/sst2/prompt mixed.jsonl
 
 A line of the input is a text (.txt and other endings), or a JSON object with the columns of the prompt's template
 (.jsonl, or a standard input that begins with {). A line of the output is an object with the answer, `prediction`, with
 --scores the probability of each label, and the fields of the input's object.
+
+With several prompts, an object names its task in the field `task`.
+
+Until the last answer is there, those of --output FILE stand in FILE.part. The same command goes on where it was
+interrupted, and ends with the same bytes; only from a file to a file, not with standard input or standard output.
 """
 BATCHES_AT_ONCE = 8  # rows are sorted by length within so many batches
 ANSWER_FIELDS = ("prediction", "scores")
+NO_MATTER = ("prompt", "input", "output", "overwrite", "batch_size", "format")  # flags a job is not told apart by
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,109 +45,154 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_predict, argv)
 
 
-def _predict(words: list[str]) -> int:
-    from deptjax.cli.setup import prepare
-
-    prepare()
-    from tqdm import tqdm
-
+def _parser() -> Parser:
     from deptjax.cli import flags
-    from deptjax.cli.lines import Lines
-    from deptjax.cli.model import backbone_of
-    from deptjax.data.tasks import Task
-    from deptjax.inference.predictor import Predictor
-    from deptjax.prompt import Prompt
 
     parser = flags.Parser(
         "deptjax predict", "--prompt DIR [INPUT] [FLAGS]", "Answer texts with a tuned prompt.", EXAMPLES
     )
     group = parser.add_argument_group("what")
-    group.add_argument("--prompt", metavar="DIR", help="a saved prompt: the folder prompt of a run")
+    group.add_argument(
+        "--prompt",
+        metavar="[NAME=]DIR",
+        action="append",
+        help="a saved prompt: the folder prompt of a run; again for another task (NAME: default the task's)",
+    )
     group.add_argument(
         "input", metavar="INPUT", nargs="?", default="-", help="a file, or - for standard input (default)"
     )
+    group.add_argument("--task", metavar="NAME", help="the task of all rows, where there are several prompts")
+    group.add_argument("--task-field", metavar="NAME", help="the field in which a row names its task (default task)")
     group.add_argument("--output", metavar="FILE", help="JSON lines; standard output where left out")
-    group.add_argument("--overwrite", action="store_true", help="replace an output file that exists")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace an output file that exists, when the new one is whole"
+    )
     group.add_argument("--format", metavar="NAME", choices=("lines", "jsonl"), help="of the input: lines or jsonl")
     group.add_argument("--encoding", metavar="NAME", help="of the input (default utf-8)")
     group.add_argument("--scores", action="store_true", help="also the probability of each label")
     group.add_argument("--batch-size", metavar="N", help="rows a batch (default 32)")
     flags.add_model(parser, " (default: the one the prompt names)")
     flags.add_general(parser)
+    return parser
+
+
+def _predict(words: list[str]) -> int:
+    from deptjax.cli.setup import prepare
+
+    prepare()
+    from deptjax.cli import flags
+    from deptjax.cli.answers import open_output
+    from deptjax.cli.lines import Lines
+    from deptjax.cli.prompts import Prompts
+    from deptjax.inference.predictor import Predictor
+
+    parser = _parser()
     options, bindings = parser.parse(words)
     if bindings:
         raise UserError(f"--gin.{bindings[0]}: predict takes no gin settings; use flags")
-
     batch_size = flags.whole(options, "batch-size", 32)
-    prompt = Prompt.load(flags.required(options, "prompt", "a saved prompt, such as runs/x/prompt"))
-    task = Task.from_config({**prompt.task, "source": None})
-    columns = task.input_template.columns
-    lines = Lines(options["input"], options.get("format"), options.get("encoding", "utf-8"), columns)
-    _check_output(options)
-    # A file is read twice: a mistake in its last line should not cost the work on those before.
-    total = sum(1 for row in lines.rows() if task.source_text(row)) if lines.twice else None
-    backbone = backbone_of(prompt, options["prompt"], flags.given_by_flags(options, parser))
-    predictor = Predictor(backbone, prompt, batch_size=batch_size)
-    rows = lines.rows()
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{lines.name} is empty; it must hold at least one text")
-    rows = itertools.chain([first], rows)
-    with (
-        _output(options.get("output")) as output,
-        tqdm(total=total, unit="text", desc="predicting", disable=None, dynamic_ncols=True) as bar,
-    ):
-        while chunk := list(itertools.islice(rows, batch_size * BATCHES_AT_ONCE)):
-            for row, answer in zip(chunk, predictor(chunk), strict=True):
-                output.write(_line(row, answer, lines.format == "jsonl", "scores" in options) + "\n")
-            output.flush()
-            bar.update(len(chunk))
+    flags.required(options, "prompt", "a saved prompt, such as runs/x/prompt")
+    prompts = Prompts(options["prompt"], options.get("task"), options.get("task_field"))
+    lines = Lines(options["input"], options.get("format"), options.get("encoding", "utf-8"), prompts.columns)
+    chunk = batch_size * BATCHES_AT_ONCE
+    job = _job(options, prompts, lines, batch_size)
+    with open_output(options.get("output"), lines.path, job, chunk, "overwrite" in options) as output:
+        rows = _Rows(lines, prompts, "scores" in options)
+        # A file is read twice: a mistake in its last line should not cost the work on those before.
+        total = _compare(rows, output) if lines.twice else None
+        done = output.start()
+        if done and done != total:
+            told = f"deptjax: resuming at row {done + 1:,} of {total:,}, behind the answers in {options['output']}.part"
+            print(told, file=sys.stderr)
+        backbone = prompts.backbone(flags.given_by_flags(options, parser))
+        predictor = Predictor(backbone, prompts.by_name, batch_size=batch_size)
+        _answer(rows, predictor, output, chunk, done, total)
+        output.finish()
     return 0
 
 
-def _line(row: Row, answer: Answer, with_fields: bool, with_scores: bool) -> str:
-    values = dict(row.values) if with_fields else {}
-    for field in ANSWER_FIELDS if with_scores else ANSWER_FIELDS[:1]:
-        if field in values:
-            raise UserError(f"{row.origin}: the answer has a field '{field}' too; rename that of the input")
-    values["prediction"] = answer.text
-    if with_scores:
-        values["scores"] = answer.scores
-    return json.dumps(values, ensure_ascii=False)
+def _job(options: dict[str, Any], prompts: Prompts, lines: Lines, batch_size: int) -> dict[str, Any]:
+    """Returns what decides the bytes of the output, as JSON."""
+    from deptjax.version import __version__
+
+    return {
+        "deptjax": __version__,
+        "prompts": {name: prompt.run_id for name, prompt in prompts.by_name.items()},
+        "input": lines.config(),
+        "flags": {
+            "batch_size": batch_size,
+            "format": lines.format,
+            **{name: value for name, value in options.items() if name not in NO_MATTER},
+        },
+    }
 
 
-def _check_output(options: dict[str, Any]) -> None:
-    name = options.get("output")
-    if name is None:
-        return
-    path = pathlib.Path(name)
-    if path.is_dir():
-        raise UserError(f"--output {name} is a folder; name a file in it")
-    if path.is_file() and "overwrite" not in options:
-        raise UserError(f"--output {name} exists; choose another file, or add --overwrite")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {name}: there is no folder {path.parent}; make it first")
+class _Rows:
+    """The rows of the input, each checked as it is read, and the lines of their answers."""
+
+    def __init__(self, lines: Lines, prompts: Prompts, with_scores: bool) -> None:
+        self._lines, self._prompts, self._with_scores = lines, prompts, with_scores
+        self._with_fields = lines.format == "jsonl"
+        self.name = lines.name
+
+    def __iter__(self) -> Iterator[tuple[Row, str]]:
+        """Yields each row with the name of its task."""
+        for row in self._lines.rows():
+            for field in ANSWER_FIELDS if self._with_fields else ():
+                if field in row.values and (self._with_scores or field != "scores"):
+                    raise UserError(f"{row.origin}: the answer has a field '{field}' too; rename that of the input")
+            yield row, self._prompts.task_of(row)
+
+    def head(self, row: Row) -> bytes:
+        """Returns the bytes with which the answer of a row begins."""
+        fields = {**row.values, "prediction": ""} if self._with_fields else {"prediction": ""}
+        return _encoded(fields).removesuffix(b'""}')
+
+    def line(self, row: Row, answer: Answer) -> bytes:
+        """Returns the line of an answer."""
+        values = {"prediction": answer.text, **({"scores": answer.scores} if self._with_scores else {})}
+        return self.head(row) + _encoded(values).removeprefix(b'{"prediction": ') + b"\n"
 
 
-@contextlib.contextmanager
-def _output(name: str | None) -> Iterator[Any]:
-    """Yields the file to write to. A file gets its name when it is whole; until then it is hidden beside it."""
-    if name is None:
-        yield sys.stdout
-        sys.stdout.flush()
-        return
-    path = pathlib.Path(name)
-    if path.exists() and not path.is_file():  # a pipe or a device: nothing to put in its place
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-        return
-    from deptjax.checkpoint import disk_errors
-
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _encoded(values: dict[str, Any]) -> bytes:
     try:
-        with disk_errors(path):
-            with fresh.open("w", encoding="utf-8") as file:
-                yield file
-            os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+        return json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold as \udc00 and UTF-8 cannot
+        return json.dumps(values).encode()
+
+
+def _compare(rows: _Rows, output: Output) -> int:
+    """Returns the number of rows, all of them right, after comparing them with the answers that are there."""
+    from tqdm import tqdm
+
+    total = 0
+    for row, _ in tqdm(rows, unit=" rows", desc="checking", disable=None, dynamic_ncols=True, leave=False):
+        output.compare(rows.head(row))
+        total += 1
+    if not total:
+        raise UserError(f"{rows.name} is empty; it must hold at least one text")
+    return total
+
+
+def _answer(rows: _Rows, predictor: Predictor, output: Output, chunk: int, done: int, total: int | None) -> None:
+    """Writes the answers of all rows but the first `done`, a chunk at a time."""
+    from tqdm import tqdm
+
+    left = itertools.islice(rows, done, None)
+    with tqdm(total=total, initial=done, unit=" rows", desc="predicting", disable=None, dynamic_ncols=True) as bar:
+        while some := list(itertools.islice(left, chunk)):
+            answers = _answers(predictor, some)
+            output.write([rows.line(row, answer) for (row, _), answer in zip(some, answers, strict=True)])
+            bar.update(len(some))
+            done += len(some)
+    if not done:
+        raise UserError(f"{rows.name} is empty; it must hold at least one text")
+
+
+def _answers(predictor: Predictor, rows: Sequence[tuple[Row, str]]) -> list[Answer]:
+    """Returns an answer for each row, from the prompt of its task."""
+    answers: dict[int, Answer] = {}
+    for task in dict.fromkeys(task for _, task in rows):
+        numbers = [number for number, (_, its) in enumerate(rows) if its == task]
+        answers.update(zip(numbers, predictor([rows[number][0] for number in numbers], task), strict=True))
+    return [answers[number] for number in range(len(rows))]
