@@ -200,25 +200,6 @@ def test_a_reader_that_goes_away_is_no_error(tuned: Tuned, tmp_path: pathlib.Pat
         assert process.wait(60) == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_prediction_in_one_line_and_leaves_no_file(
-    tuned: Tuned, tmp_path: pathlib.Path, number: signal.Signals
-) -> None:
-    output = tmp_path / "out.jsonl"
-    process = program("predict", "--prompt", tuned.prompt, "--output", output)
-    assert process.stdin is not None
-    assert process.stderr is not None
-    process.stdin.write("the film was good\n" * 600)  # one chunk and more; then it waits for the rest
-    process.stdin.flush()
-    while not any(tmp_path.iterdir()):
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert err == "deptjax: stopped\n"
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_program_tells_help_and_version() -> None:
     def said(*words: str) -> str:
         ended = subprocess.run(

@@ -1,0 +1,250 @@
+"""`deptjax predict` of a file: interrupted in every way, it ends with the bytes of a job that nothing interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.cli.conftest import Command, Tuned
+from tests.cli.train_test import ROOT, environment, program
+
+ROWS = 3000
+CHUNK = 32  # with --batch-size 4
+THINGS = ("film", "story", "plot", "actor")
+
+
+def texts(count: int) -> str:
+    """Returns lines of different texts, of different lengths."""
+    return "".join(f"the {THINGS[i % 4]} number {i} was {'very ' * (i % 7)}good\n" for i in range(count))
+
+
+@pytest.fixture
+def words(tuned: Tuned, tmp_path: pathlib.Path) -> list[object]:
+    """The words of a job of many small batches."""
+    file = tmp_path / "texts.txt"
+    file.write_text(texts(ROWS))
+    output = tmp_path / "out.jsonl"
+    return ["predict", "--prompt", tuned.prompt, file, "--output", output, "--scores", "--batch-size", 4]
+
+
+def wait_for(file: pathlib.Path, size: int, process: subprocess.Popen[str]) -> None:
+    """Returns when a file is larger than `size`."""
+    while not file.exists() or file.stat().st_size <= size:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+def names(folder: pathlib.Path) -> set[str]:
+    """Returns the names of the files in a folder."""
+    return {file.name for file in folder.iterdir()}
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    deptjax: Command, words: list[object], tmp_path: pathlib.Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert deptjax(*words).status == 0
+    whole = output.read_bytes()
+    assert whole.count(b"\n") == ROWS
+    output.unlink()
+
+    part = tmp_path / "out.jsonl.part"
+    for share in (0, 0.4):
+        with program(*words) as process:
+            wait_for(part, int(share * len(whole)), process)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert not output.exists()
+        assert names(tmp_path) == {"texts.txt", "out.jsonl.part", "out.jsonl.part.json"}
+    with part.open("ab") as file:  # and in the middle of a line
+        file.write(b'{"prediction": "posi')
+    done = part.read_bytes().count(b"\n") // CHUNK * CHUNK
+    ended = deptjax(*words)
+    assert (ended.status, ended.out) == (0, "")
+    assert f"deptjax: resuming at row {done + 1:,} of 3,000, behind the answers in {part}\n" in ended.err
+    assert output.read_bytes() == whole
+    assert names(tmp_path) == {"texts.txt", "out.jsonl"}
+
+
+@pytest.mark.parametrize(("number", "rows"), [(signal.SIGINT, 10), (signal.SIGTERM, 80)])
+def test_a_signal_ends_it_in_a_line_and_keeps_what_is_answered(
+    tuned: Tuned, tmp_path: pathlib.Path, number: signal.Signals, rows: int
+) -> None:
+    part = tmp_path / "out.jsonl.part"
+    process = program("predict", "--prompt", tuned.prompt, "--output", tmp_path / "out.jsonl", "--batch-size", 4)
+    assert process.stdin is not None
+    process.stdin.write(texts(rows))  # less than a chunk, or two and a half; then it waits for the rest
+    process.stdin.flush()
+    wait_for(tmp_path / "out.jsonl.part", -1, process)
+    while rows > CHUNK and part.read_bytes().count(b"\n") < 2 * CHUNK:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    if rows < CHUNK:
+        assert err == "deptjax: stopped\n"
+        assert not names(tmp_path)
+    else:
+        assert err == f"deptjax: 64 answers are kept in {part}\ndeptjax: stopped\n"
+        assert names(tmp_path) == {"out.jsonl.part", "out.jsonl.part.json"}
+
+
+def test_one_process_writes_a_file(deptjax: Command, tuned: Tuned, tmp_path: pathlib.Path) -> None:
+    file, output = tmp_path / "texts.txt", tmp_path / "out.jsonl"
+    file.write_text(texts(3))
+    first = program("predict", "--prompt", tuned.prompt, "--output", output)
+    assert first.stdin is not None
+    first.stdin.write(texts(1))  # from which it tells the format; then it waits
+    first.stdin.flush()
+    wait_for(tmp_path / "out.jsonl.part", -1, first)
+    asked = ("predict", "--prompt", tuned.prompt, file, "--output", output)
+    told = f"--output {output} is being written by another process; wait, or choose another file"
+    assert deptjax(*asked).error == told
+    assert deptjax(*asked, "--overwrite").error == told
+    first.communicate(texts(4), timeout=60)
+    assert first.returncode == 0
+    assert output.read_bytes().count(b"\n") == 5
+
+
+def test_a_full_disk_is_told_and_gone_on_from(deptjax: Command, words: list[object], tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out.jsonl"
+    assert deptjax(*words).status == 0
+    whole = output.read_bytes()
+    output.unlink()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limit[1]))
+    try:
+        ended = deptjax(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ended.error == f"no room on the disk while writing {output}; free some, then run the same command again"
+    assert f"answers are kept in {output}.part; the same command goes on behind them\n" in ended.err
+    assert (tmp_path / "out.jsonl.part").stat().st_size == len(whole) // 2
+    assert "resuming at row" in deptjax(*words).err
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--scores", "--batch-size", 8], "flags.batch_size was 4, is now 8"),
+        (["--batch-size", 4], "flags.scores was True, is now nothing"),
+        (["--scores", "--batch-size", 4, "--dtype", "bfloat16"], "load_backbone.dtype was nothing, is now bfloat16"),
+    ],
+)
+def test_other_flags_or_another_input_are_another_job(
+    deptjax: Command, words: list[object], tmp_path: pathlib.Path, flags: list[object], told: str
+) -> None:
+    part, file = tmp_path / "out.jsonl.part", tmp_path / "texts.txt"
+    with program(*words) as process:
+        wait_for(part, 0, process)
+        process.kill()
+    before = part.read_bytes()
+    error = deptjax(*words[:6], *flags).error
+    assert error.startswith(f"{part} holds the unfinished answers of another job (")
+    assert told in error
+    assert error.endswith("); --overwrite starts anew, or choose another --output")
+    file.write_text(texts(ROWS - 1))
+    assert "input.size was" in deptjax(*words).error
+    assert part.read_bytes() == before
+    file.write_text(texts(5))
+    assert deptjax(*words, "--overwrite").status == 0
+    assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 5
+    assert names(tmp_path) == {"texts.txt", "out.jsonl"}
+
+
+@pytest.mark.parametrize("field", ["prediction", "scores"])
+def test_a_field_that_the_answer_has_too_is_refused_before_any_work(
+    deptjax: Command, tuned: Tuned, tmp_path: pathlib.Path, field: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n' * 600 + json.dumps({"text": "b", field: 1}) + "\n")
+    words = ("predict", "--prompt", tuned.prompt, "--model", tmp_path / "nowhere", file, "--scores")
+    ended = deptjax(*words)
+    assert ended.error == f"{file}, line 601: the answer has a field '{field}' too; rename that of the input"
+    assert ended.out == ""
+
+
+def test_a_field_scores_is_only_in_the_way_of_scores(deptjax: Command, tuned: Tuned, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a", "scores": [1, 2], "odd": "\\ud800"}\n')
+    row = json.loads(deptjax("predict", "--prompt", tuned.prompt, file).out)
+    assert list(row) == ["text", "scores", "odd", "prediction"]
+    assert (row["scores"], row["odd"]) == ([1, 2], "\ud800")
+
+
+def test_the_output_is_not_the_input(deptjax: Command, tuned: Tuned, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text(texts(3))
+    (tmp_path / "link").symlink_to(file)
+    for name in (file, tmp_path / "link"):
+        error = deptjax("predict", "--prompt", tuned.prompt, file, "--output", name, "--overwrite").error
+        assert error == f"--output {name} would be written over the input {file}; choose another file"
+    assert file.read_text() == texts(3)
+
+
+def test_folders_are_told(deptjax: Command, tuned: Tuned, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text(texts(3))
+    asked = ("predict", "--prompt", tuned.prompt, file, "--output")
+    assert "cannot write /proc/out: No such file or directory; choose another" in deptjax(*asked, "/proc/out").error
+    assert deptjax("predict", "--prompt", tuned.prompt, tmp_path).error == f"{tmp_path} is a folder; name a file in it"
+    assert names(tmp_path) == {"texts.txt"}
+
+
+def most_memory(words: list[object]) -> int:
+    """Returns the most bytes that a process had in memory at once."""
+    process = program(*words)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_does_not_grow_with_the_file(tuned: Tuned, tmp_path: pathlib.Path) -> None:
+    """A file of 96 MB takes hardly more than one of three rows: neither it nor its answers are ever in memory."""
+    used = []
+    for name, count in (("small", 3), ("large", 96)):
+        file = tmp_path / f"{name}.jsonl"
+        with file.open("w") as out:
+            for i in range(count):
+                out.write(json.dumps({"text": f"film {i}", "note": "x" * 1_000_000}) + "\n")
+        output = tmp_path / f"{name}.out"
+        used.append(most_memory(["predict", "--prompt", tuned.prompt, file, "--output", output, "--batch-size", 1]))
+        assert output.stat().st_size > count * 1_000_000
+    assert used[1] - used[0] < 48_000_000
+
+
+def test_a_terminal_sees_rate_and_time_left(tuned: Tuned, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text(texts(100))
+    ours, theirs = pty.openpty()
+    words = ["--prompt", tuned.prompt, file, "--output", tmp_path / "out.jsonl", "--batch-size", 4]
+    with subprocess.Popen(
+        [sys.executable, "-m", "deptjax.predict", *map(str, words)], env=environment(), cwd=ROOT, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                more = os.read(ours, 4096)
+            except OSError:  # what Linux says of a terminal whose other end is closed
+                break
+            seen += more
+            if not more:
+                break
+    os.close(ours)
+    assert process.returncode == 0
+    told = seen.decode()
+    assert "predicting:" in told
+    assert "100/100" in told
+    assert " rows/s" in told
