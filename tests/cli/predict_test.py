@@ -17,7 +17,7 @@ import pytest
 from tests.cli.conftest import Command, Tuned
 from tests.cli.train_test import ROOT, environment, program
 
-ROWS = 3000
+ROWS = 1200
 CHUNK = 32  # with --batch-size 4
 THINGS = ("film", "story", "plot", "actor")
 
@@ -70,28 +70,28 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     done = part.read_bytes().count(b"\n") // CHUNK * CHUNK
     ended = deptjax(*words)
     assert (ended.status, ended.out) == (0, "")
-    assert f"deptjax: resuming at row {done + 1:,} of 3,000, behind the answers in {part}\n" in ended.err
+    assert f"deptjax: resuming at row {done + 1:,} of 1,200, behind the answers in {part}\n" in ended.err
     assert output.read_bytes() == whole
     assert names(tmp_path) == {"texts.txt", "out.jsonl"}
 
 
-@pytest.mark.parametrize(("number", "rows"), [(signal.SIGINT, 10), (signal.SIGTERM, 80)])
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGINT, 10), (signal.SIGTERM, 80)])
 def test_a_signal_ends_it_in_a_line_and_keeps_what_is_answered(
-    tuned: Tuned, tmp_path: pathlib.Path, number: signal.Signals, rows: int
+    tuned: Tuned, tmp_path: pathlib.Path, number: signal.Signals, count: int
 ) -> None:
     part = tmp_path / "out.jsonl.part"
     process = program("predict", "--prompt", tuned.prompt, "--output", tmp_path / "out.jsonl", "--batch-size", 4)
     assert process.stdin is not None
-    process.stdin.write(texts(rows))  # less than a chunk, or two and a half; then it waits for the rest
+    process.stdin.write(texts(count))  # less than a chunk, or two and a half; then it waits for the rest
     process.stdin.flush()
     wait_for(tmp_path / "out.jsonl.part", -1, process)
-    while rows > CHUNK and part.read_bytes().count(b"\n") < 2 * CHUNK:
+    while count > CHUNK and part.read_bytes().count(b"\n") < 2 * CHUNK:
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    if rows < CHUNK:
+    if count < CHUNK:
         assert err == "deptjax: stopped\n"
         assert not names(tmp_path)
     else:
