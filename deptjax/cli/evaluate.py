@@ -25,6 +25,8 @@ def _evaluate(words: list[str]) -> int:
     from deptjax.cli.setup import prepare
 
     prepare()
+    from tqdm import tqdm
+
     from deptjax.cli import flags, settings
     from deptjax.cli.model import backbone_of
     from deptjax.data.sources import FileSource
@@ -70,10 +72,13 @@ def _evaluate(words: list[str]) -> int:
         )
     if task.source is None:
         raise UserError("the prompt's task keeps no data; name --test-file FILE, or --task NAME")
-    _, task = settings.loaded_once(task)
+    data, task = settings.loaded_once(task)
     prompt = dataclasses.replace(prompt, task=task.to_config())  # another template or other labels, where given
     backbone = backbone_of(prompt, options["prompt"], given)
-    scores = evaluate(backbone, prompt, task, split=split, batch_size=flags.whole(options, "batch-size", 32))
+    batch_size = flags.whole(options, "batch-size", 32)
+    total = len(getattr(data, split))
+    with tqdm(total=total, unit=" rows", desc="evaluating", disable=None, dynamic_ncols=True) as bar:
+        scores = evaluate(backbone, prompt, task, split=split, batch_size=batch_size, on_rows=bar.update)
     scores = {name.replace(f"{split}/", f"{shown}/", 1): value for name, value in scores.items()}
     if "json" in options:
         print(json.dumps(scores))

@@ -11,6 +11,7 @@ from deptjax.cli.fields import FLAG, Field, Given, checked, fields_of
 from deptjax.data.sources import FileSource
 from deptjax.data.tasks import Task, task_names
 from deptjax.errors import UserError, nearest
+from deptjax.inference.decoding import Decoding
 from deptjax.methods import method_class, method_names
 from deptjax.training.config import TrainConfig
 from deptjax.version import __version__
@@ -154,6 +155,20 @@ def add_training(parser: Parser) -> None:
         _add(group, flag, field, f"{field.help} (default {_shown(field.default)})", f"TrainConfig.{name}")
 
 
+def add_decoding(parser: Parser) -> None:
+    """Adds the fields of `Decoding`."""
+    group = parser.add_argument_group("generation", "for tasks whose answer is a text and not one of the labels")
+    for name, field in fields_of(Decoding).items():
+        if field.kinds == ("tuple[str, ...]",):
+            told = f"{field.help}; may be given more than once"
+            group.add_argument(
+                f"--{_dashed(name)}", dest=f"Decoding.{name}", metavar="TEXT", action="append", help=told
+            )
+        else:
+            default = "the longest answer in training" if name == "max_new_tokens" else _shown(field.default)
+            _add(group, _dashed(name), field, f"{field.help} (default {default})", f"Decoding.{name}")
+
+
 def given_by_flags(options: dict[str, Any], parser: Parser) -> dict[tuple[str, str], Given]:
     """Returns the settings among parsed options, by (owner, field)."""
     names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
@@ -167,7 +182,7 @@ def given_by_flags(options: dict[str, Any], parser: Parser) -> dict[tuple[str, s
 
 def _add(group: Any, flag: str, field: Field, told: str, dest: str) -> None:
     told = told.replace("%", "%%")
-    if "bool" in field.kinds:
+    if "bool" in field.kinds and "str" not in field.kinds:
         group.add_argument(
             f"--{flag}", dest=dest, action="store_const", const="true", help=f"{told}; --no-{flag} turns it off"
         )

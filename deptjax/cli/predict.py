@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deptjax.cli.entry import run_command
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deptjax.cli.lines import Lines
     from deptjax.cli.prompts import Prompts
     from deptjax.data.templates import Row
-    from deptjax.inference.evaluator import Answer
+    from deptjax.inference.answers import Answer
     from deptjax.inference.predictor import Predictor
 
 EXAMPLES = """
@@ -28,7 +28,8 @@ EXAMPLES = """
 
 A line of the input is a text (.txt and other endings), or a JSON object with the columns of the prompt's template
 (.jsonl, or a standard input that begins with {). A line of the output is an object with the answer, `prediction`, with
---scores the probability of each label, and the fields of the input's object.
+--scores the probability of each label, with --num-return of more than one the texts as `candidates`, and the fields of
+the input's object.
 
 With several prompts, an object names its task in the field `task`.
 
@@ -36,7 +37,6 @@ Until the last answer is there, those of --output FILE stand in FILE.part. The s
 interrupted, and ends with the same bytes; only from a file to a file, not with standard input or standard output.
 """
 BATCHES_AT_ONCE = 8  # rows are sorted by length within so many batches
-ANSWER_FIELDS = ("prediction", "scores")
 NO_MATTER = ("prompt", "input", "output", "overwrite", "batch_size", "format")  # flags a job is not told apart by
 
 
@@ -71,6 +71,7 @@ def _parser() -> Parser:
     group.add_argument("--encoding", metavar="NAME", help="of the input (default utf-8)")
     group.add_argument("--scores", action="store_true", help="also the probability of each label")
     group.add_argument("--batch-size", metavar="N", help="rows a batch (default 32)")
+    flags.add_decoding(parser)
     flags.add_model(parser, " (default: the one the prompt names)")
     flags.add_general(parser)
     return parser
@@ -84,28 +85,30 @@ def _predict(words: list[str]) -> int:
     from deptjax.cli.answers import open_output
     from deptjax.cli.lines import Lines
     from deptjax.cli.prompts import Prompts
+    from deptjax.cli.settings import make_decoding
     from deptjax.inference.predictor import Predictor
 
     parser = _parser()
     options, bindings = parser.parse(words)
+    given = flags.given_by_flags(options, parser)
     if bindings:
         raise UserError(f"--gin.{bindings[0]}: predict takes no gin settings; use flags")
     batch_size = flags.whole(options, "batch-size", 32)
     flags.required(options, "prompt", "a saved prompt, such as runs/x/prompt")
     prompts = Prompts(options["prompt"], options.get("task"), options.get("task_field"))
     lines = Lines(options["input"], options.get("format"), options.get("encoding", "utf-8"), prompts.columns)
+    decoding = make_decoding(given, prompts.longest_text())
     chunk = batch_size * BATCHES_AT_ONCE
     job = _job(options, prompts, lines, batch_size)
     with open_output(options.get("output"), lines.path, job, chunk, "overwrite" in options) as output:
-        rows = _Rows(lines, prompts, "scores" in options)
+        rows = _Rows(lines, prompts, "scores" in options, decoding is not None and decoding.num_return > 1)
         # A file is read twice: a mistake in its last line should not cost the work on those before.
         total = _compare(rows, output) if lines.twice else None
         done = output.start()
         if done and done != total:
             told = f"deptjax: resuming at row {done + 1:,} of {total:,}, behind the answers in {options['output']}.part"
             print(told, file=sys.stderr)
-        backbone = prompts.backbone(flags.given_by_flags(options, parser))
-        predictor = Predictor(backbone, prompts.by_name, batch_size=batch_size)
+        predictor = Predictor(prompts.backbone(given), prompts.by_name, batch_size, decoding)
         _answer(rows, predictor, output, chunk, done, total)
         output.finish()
     return 0
@@ -130,16 +133,21 @@ def _job(options: dict[str, Any], prompts: Prompts, lines: Lines, batch_size: in
 class _Rows:
     """The rows of the input, each checked as it is read, and the lines of their answers."""
 
-    def __init__(self, lines: Lines, prompts: Prompts, with_scores: bool) -> None:
-        self._lines, self._prompts, self._with_scores = lines, prompts, with_scores
+    def __init__(self, lines: Lines, prompts: Prompts, with_scores: bool, with_candidates: bool) -> None:
+        self._lines, self._prompts = lines, prompts
+        self._parts: dict[str, Callable[[Answer], Any]] = {"prediction": lambda answer: answer.text}
+        if with_scores:
+            self._parts["scores"] = lambda answer: answer.scores
+        if with_candidates:
+            self._parts["candidates"] = lambda answer: [{"text": c.text, "score": c.score} for c in answer.candidates]
         self._with_fields = lines.format == "jsonl"
         self.name = lines.name
 
     def __iter__(self) -> Iterator[tuple[Row, str]]:
         """Yields each row with the name of its task."""
         for row in self._lines.rows():
-            for field in ANSWER_FIELDS if self._with_fields else ():
-                if field in row.values and (self._with_scores or field != "scores"):
+            for field in self._parts if self._with_fields else ():
+                if field in row.values:
                     raise UserError(f"{row.origin}: the answer has a field '{field}' too; rename that of the input")
             yield row, self._prompts.task_of(row)
 
@@ -150,7 +158,7 @@ class _Rows:
 
     def line(self, row: Row, answer: Answer) -> bytes:
         """Returns the line of an answer."""
-        values = {"prediction": answer.text, **({"scores": answer.scores} if self._with_scores else {})}
+        values = {field: part(answer) for field, part in self._parts.items()}
         return self.head(row) + _encoded(values).removeprefix(b'{"prediction": ') + b"\n"
 
 
@@ -181,18 +189,9 @@ def _answer(rows: _Rows, predictor: Predictor, output: Output, chunk: int, done:
     left = itertools.islice(rows, done, None)
     with tqdm(total=total, initial=done, unit=" rows", desc="predicting", disable=None, dynamic_ncols=True) as bar:
         while some := list(itertools.islice(left, chunk)):
-            answers = _answers(predictor, some)
-            output.write([rows.line(row, answer) for (row, _), answer in zip(some, answers, strict=True)])
-            bar.update(len(some))
+            texts, tasks = zip(*some, strict=True)
+            answers = predictor(texts, tasks, on_rows=bar.update)
+            output.write([rows.line(row, answer) for row, answer in zip(texts, answers, strict=True)])
             done += len(some)
     if not done:
         raise UserError(f"{rows.name} is empty; it must hold at least one text")
-
-
-def _answers(predictor: Predictor, rows: Sequence[tuple[Row, str]]) -> list[Answer]:
-    """Returns an answer for each row, from the prompt of its task."""
-    answers: dict[int, Answer] = {}
-    for task in dict.fromkeys(task for _, task in rows):
-        numbers = [number for number, (_, its) in enumerate(rows) if its == task]
-        answers.update(zip(numbers, predictor([rows[number][0] for number in numbers], task), strict=True))
-    return [answers[number] for number in range(len(rows))]

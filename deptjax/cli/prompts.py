@@ -52,6 +52,15 @@ class Prompts:
         self._tasks[name].source_text(row)
         return name
 
+    def longest_text(self) -> int | None:
+        """Returns the most tokens of a generated answer in training, or `None` where every task scores labels."""
+        lengths = [
+            task.max_target_length
+            for name, task in self._tasks.items()
+            if not task.labels or self.by_name[name].settings.get("evaluation") == "generate"
+        ]
+        return max(lengths, default=None)
+
     def backbone(self, settings: Settings) -> Backbone:
         """Returns the backbone that all of the prompts were tuned on. Raises `UserError` as `backbone_of` does."""
         (first, place), *others = self._places.items()

@@ -18,6 +18,7 @@ from deptjax.cli.gin_files import Reference, read_gin
 from deptjax.data.sources import FileSource, Source, Splits, TextOf
 from deptjax.data.tasks import Task, TaskData, get_task
 from deptjax.errors import UserError, nearest
+from deptjax.inference.decoding import Decoding
 from deptjax.methods import method_class, method_names
 from deptjax.methods.base import method_fields, method_to_config
 from deptjax.training.config import TrainConfig
@@ -93,6 +94,27 @@ def make_config(settings: Settings, method: Any) -> TrainConfig:
             there = spelled([f"{name}_lr" for name in rates])
             raise UserError(f"{rate.origin}: method '{method.kind}' trains no such parameters; it has {there}")
     return TrainConfig.from_settings(own)
+
+
+def make_decoding(settings: Settings, longest: int | None) -> Decoding | None:
+    """Returns how text is generated, or `None` where no flag says anything of it.
+
+    Args:
+      settings: those given.
+      longest: the most new tokens where `max_new_tokens` is not given; `None` where nothing is generated.
+    """
+    given = {name: value for (owner, name), value in settings.items() if owner == "Decoding"}
+    if not given:
+        return None
+    if longest is None:
+        origin = next(iter(given.values())).origin
+        raise UserError(f"{origin}: nothing is generated here, for the answers are labels; leave it out")
+    fields = fields_of(Decoding)
+    own: dict[str, Any] = {
+        name: tuple(map(unescaped, value.value)) if isinstance(value.value, list) else checked(value, fields[name])
+        for name, value in given.items()
+    }
+    return Decoding(**{"max_new_tokens": longest, **own})
 
 
 def changed_from_default(config: TrainConfig) -> dict[str, Any]:
