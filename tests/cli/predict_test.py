@@ -224,9 +224,9 @@ def most_memory(words: list[object]) -> int:
 
 
 def test_memory_does_not_grow_with_the_file(tuned: Tuned, tmp_path: pathlib.Path) -> None:
-    """A file of 48 MB takes hardly more than one of three rows: neither it nor its answers are ever in memory."""
+    """A file of 200 MB takes hardly more than one of three rows: neither it nor its answers are ever in memory."""
     used = []
-    for name, count in (("small", 3), ("large", 48)):
+    for name, count in (("small", 3), ("large", 200)):
         file = tmp_path / f"{name}.jsonl"
         with file.open("w") as out:
             for _ in range(count):
@@ -234,7 +234,7 @@ def test_memory_does_not_grow_with_the_file(tuned: Tuned, tmp_path: pathlib.Path
         output = tmp_path / f"{name}.out"
         used.append(most_memory(["predict", "--prompt", tuned.prompt, file, "--output", output, "--batch-size", 1]))
         assert output.stat().st_size > count * 1_000_000
-    assert used[1] - used[0] < 24_000_000
+    assert used[1] - used[0] < 80_000_000
 
 
 def test_a_terminal_sees_rate_and_time_left(tuned: Tuned, tmp_path: pathlib.Path) -> None:
