@@ -248,27 +248,27 @@ def test_memory_does_not_grow_with_the_file(tuned: Tuned, tmp_path: pathlib.Path
     assert used[1] - used[0] < 80_000_000
 
 
-def test_a_terminal_sees_rate_and_time_left(tuned: Tuned, tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "texts.txt"
-    file.write_text(texts(100))
+def seen_on_a_terminal(name: str, words: list[object]) -> str:
+    """Runs a command with a terminal for its standard error, and returns what that showed."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    words = ["--prompt", tuned.prompt, file, "--output", tmp_path / "out.jsonl", "--batch-size", 4]
-    with subprocess.Popen(
-        [sys.executable, "-m", "deptjax.predict", *map(str, words)], env=environment(), cwd=ROOT, stderr=theirs
-    ) as process:
+    command = [sys.executable, "-m", f"deptjax.{name}", *map(str, words)]
+    seen = b""
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs) as process:
         os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                more = os.read(ours, 4096)
-            except OSError:  # what Linux says of a terminal whose other end is closed
-                break
-            seen += more
-            if not more:
-                break
+        with contextlib.suppress(OSError):  # what Linux says of a terminal whose other end is closed
+            while more := os.read(ours, 4096):
+                seen += more
     os.close(ours)
-    assert process.returncode == 0
-    told = seen.decode()
-    assert "predicting:" in told
-    assert re.search(r"100/100 \[\d+:\d+<00:00, .* rows/s\]", told), told
+    assert process.returncode == 0, seen
+    return seen.decode()
+
+
+def test_a_terminal_sees_rate_and_time_left(tuned: Tuned, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "label": "positive"}) + "\n" for text in texts(100).splitlines()))
+    words = ["--prompt", tuned.prompt, "--batch-size", 4]
+    told = seen_on_a_terminal("predict", [*words, file, "--output", tmp_path / "out.jsonl"])
+    assert re.search(r"predicting: 100%.* 100/100 \[\d+:\d+<00:00, .* rows/s\]", told), told
+    told = seen_on_a_terminal("evaluate", [*words, "--test-file", file])
+    assert re.search(r"evaluating: 100%.* 100/100 \[\d+:\d+<00:00, .* rows/s\]", told), told
