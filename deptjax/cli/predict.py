@@ -190,7 +190,7 @@ def _answer(rows: _Rows, predictor: Predictor, output: Output, chunk: int, done:
     with tqdm(total=total, initial=done, unit=" rows", desc="predicting", disable=None, dynamic_ncols=True) as bar:
         while some := list(itertools.islice(left, chunk)):
             texts, tasks = zip(*some, strict=True)
-            answers = predictor(texts, tasks, on_rows=bar.update)
+            answers = predictor(texts, tasks, first=done, on_rows=bar.update)
             output.write([rows.line(row, answer) for row, answer in zip(texts, answers, strict=True)])
             done += len(some)
     if not done:

@@ -183,10 +183,12 @@ def generations(decoded: Decoded, tokenizer: Any, decoding: Decoding) -> list[li
         order = np.argsort(-scores, axis=1, kind="stable")
     else:
         order = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+    # Tidying spaces in front of punctuation, as T5's tokenizer does, could hide the stop string that was found.
+    as_written = {"clean_up_tokenization_spaces": False} if decoding.stop else {}
     result = []
     for row, ranks in enumerate(order):
         kept = [tokens[row, n, : lengths[row, n]].tolist() for n in ranks]
-        texts = tokenizer.batch_decode(kept, skip_special_tokens=True) if kept else []
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True, **as_written) if kept else []
         result.append(
             [
                 Generation(

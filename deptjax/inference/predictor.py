@@ -140,6 +140,7 @@ class Predictor:
         texts: Sequence[Text],
         task: str | Sequence[str] | None = None,
         *,
+        first: int = 0,
         on_rows: Callable[[int], object] = lambda rows: None,
     ) -> list[Answer]:
         """Returns an answer for each text.
@@ -148,12 +149,13 @@ class Predictor:
           texts: bare texts, where the task's template has one column, or objects with its columns. A mistake is told
             with the text's number, that in a `Row` with its place.
           task: the name of a loaded prompt, or one for each text; may be left out when there is only one.
+          first: the number of the first text among all of a stream: what is sampled for a text depends on its number.
           on_rows: called after each batch with the number of its rows.
 
         Raises:
           UserError: for an unknown task, an empty text, or a missing column.
         """
-        return self._answers(texts, task, self._decoding, on_rows)
+        return self._answers(texts, task, self._decoding, first, on_rows)
 
     def generate(
         self, texts: Sequence[Text], task: str | Sequence[str] | None = None, decoding: Decoding | None = None
@@ -210,6 +212,7 @@ class Predictor:
         texts: Sequence[Text],
         task: str | Sequence[str] | None,
         decoding: Decoding | None,
+        first: int = 0,
         on_rows: Callable[[int], object] = lambda rows: None,
         as_text: bool = False,
     ) -> list[Answer]:
@@ -223,7 +226,7 @@ class Predictor:
                 [request.reader for request in batch],
                 label_shape=self._label_shape(batch[0].loaded),
                 decoding=decoding,
-                numbers=[request.place for request in batch],
+                numbers=[first + request.place for request in batch],
             )
             on_rows(len(batch))
             return answers

@@ -215,6 +215,17 @@ def test_generation_with_beams_and_scores_of_continuations_agree(family: str) ->
                 assert set(scores) == {one.text, "fine"}
 
 
+def test_what_is_sampled_for_a_text_depends_on_its_number_and_not_on_its_batch() -> None:
+    prompt = prompt_of("dept", labels=(), target="the film is {label}", max_target_length=6)
+    decoding = Decoding(max_new_tokens=6, sample=True, temperature=3.0, seed=5)
+    predict = Predictor(backbone_of("llama"), prompt, batch_size=4, decoding=decoding)
+    same = [TEXTS[0]] * 9
+    whole = [answer.text for answer in predict(same)]
+    assert len(set(whole)) > 5
+    assert [answer.text for answer in predict(same[:4])] == whole[:4]
+    assert [answer.text for answer in predict(same[:5], first=4)] == whole[4:]
+
+
 def test_scores_of_continuations_are_the_labels_log_likelihoods() -> None:
     predict = Predictor(backbone_of("t5"), mixed_prompts("t5"))
     for answer, scores in zip(
