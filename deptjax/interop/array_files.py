@@ -6,11 +6,15 @@ is there, and nothing is read that lies outside the folder that was named.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +31,11 @@ SINGLE = ""  # the name of the one array of a file that holds no names
 
 _MAX_UNPACKED = 1 << 30  # of a compressed .npz; a prompt is a thousandth of it
 _UNFINISHED = re.compile(r"\..*\.(new|part|old)|.*\.(incomplete|part|partial|tmp|temp|crdownload|download)")
-_BROKEN = (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError, SyntaxError)
+# What Python's readers raise on damaged files; RuntimeError of zips that are encrypted or of another version.
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, KeyError, TypeError, EOFError),
+    *(AttributeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError),
+)
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -150,7 +158,9 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
             return found
     except UserError:
         raise
-    except _BROKEN as error:
+    except (*_BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a member at a place below 0
+            raise
         raise UserError(f"{path}: not an .npz file, truncated or damaged ({error}); fetch it again") from None
 
 

@@ -12,6 +12,7 @@ of are interpreted here, and of the functions that a pickle may name two are kno
 from __future__ import annotations
 
 import collections
+import errno
 import io
 import math
 import os
@@ -40,6 +41,11 @@ _STORAGES: dict[str, Any] = {
     "BoolStorage": np.dtype(np.bool_),
 }
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
+# What a damaged zip or a broken pickle raises; RuntimeError of zips that are encrypted or of another version.
+_BROKEN = (
+    *(KeyError, ValueError, IndexError, TypeError, AttributeError, EOFError),
+    *(struct.error, OverflowError, RuntimeError),
+)
 _MAX_PICKLE = 64 << 20  # of the pickle alone, which holds names and shapes
 
 
@@ -85,16 +91,9 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray] | np.ndarr
         raise UserError(
             f"{path}: {error}; give a file that holds tensors alone, or convert it to safetensors"
         ) from None
-    except (
-        KeyError,
-        ValueError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        struct.error,
-        OverflowError,
-    ) as error:
+    except (*_BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a member at a place below 0
+            raise
         raise UserError(f"{path}: the file is damaged ({type(error).__name__}: {error}); fetch it again") from None
 
 

@@ -274,3 +274,39 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was tuned on 'tiny-llama', not on 'tiny-t5'"):
         export_prompt(prompt, backbone_of("t5"), tmp_path / "y", "peft")
     assert sorted(child.name for child in tmp_path.iterdir()) == ["x"]
+
+
+@pytest.mark.parametrize("ending", ["npz", "npy", "safetensors", "bin"])
+def test_a_damaged_file_is_one_line_or_other_numbers(ending: str, tmp_path: Path) -> None:
+    """Whatever bytes are changed: arrays of the same shapes, or a `UserError`; never another exception."""
+    array = np.random.default_rng(0).standard_normal((4, WIDTH)).astype(np.float32)
+    whole = array_files.array_bytes({"prompt": array}, f".{ending}")
+    file, random, read, refusals = tmp_path / f"x.{ending}", np.random.default_rng(1), [], []
+    for _ in range(250):
+        data = bytearray(whole)
+        for _ in range(random.choice([1, 2, 8])):
+            at = int(random.integers(len(data)))
+            if random.random() < 0.6:
+                data[at] = random.integers(256)
+            else:
+                data[at : at + int(random.integers(4))] = random.bytes(int(random.integers(4)))
+        file.write_bytes(data)
+        try:
+            read += array_files.read_arrays(file).values()
+        except UserError as error:
+            refusals.append(str(error))
+    assert read
+    assert refusals
+    assert all(isinstance(value, np.ndarray) for value in read)
+    assert all(str(file) in told and "\n" not in told for told in refusals)
+
+
+def test_a_zip_that_python_cannot_open_is_one_line(tmp_path: Path) -> None:
+    for ending in ("npz", "bin"):
+        whole = array_files.array_bytes({"prompt": np.ones((4, WIDTH), np.float32)}, f".{ending}")
+        central = whole.index(b"PK\x01\x02")
+        for at, value in ((central + 6, 99), (central + 8, 1), (central + 10, 99), (central + 45, 255)):
+            data = bytearray(whole)  # another version, encrypted, an unknown compression, a place that is not there
+            data[at] = value
+            (tmp_path / f"x.{ending}").write_bytes(data)
+            refused(tmp_path / f"x.{ending}", "damaged|compressed")
