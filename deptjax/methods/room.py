@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError
-from deptjax.methods.base import Method, method_fields, method_from_config, method_to_config
+from deptjax.methods.base import Method, method_fields
 from deptjax.typing import Array, Tree
 
 IN_FRONT = "prompt"  # the parameter whose last rows are the real ones
@@ -45,7 +45,8 @@ def room_for(methods: Sequence[Method]) -> Any:
                 )
                 raise UserError(f"prompts of {names[0]} and of {names[1]} cannot be stacked; put them into two banks")
     largest = {name: max(getattr(method, name) for method in methods) for name in first.sizes}
-    return method_from_config({**method_to_config(first), **largest})
+    fields = {name: getattr(first, name) for name in method_fields(type(first))}
+    return type(first)(**{**fields, **largest})  # not by its kind: the frozen model's is not registered
 
 
 def has_room(room: Method, method: Method) -> bool:

@@ -14,7 +14,7 @@ from deptjax.errors import UserError
 from deptjax.inference.decoding import Decoding
 from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.inference.scoring import sequence_scores, token_scores
-from deptjax.methods import DePT
+from deptjax.methods import DePT, ZeroShot
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
 from tests.cases import backbone_of, case_of, make_case, padded
@@ -68,6 +68,19 @@ def test_answers_are_those_of_the_model_itself() -> None:
         wanted = np.exp(logits) / np.exp(logits).sum()
         assert answer.scores is not None
         np.testing.assert_allclose(list(answer.scores.values()), wanted, rtol=0, atol=1e-4)
+
+
+def test_the_frozen_model_stands_beside_tuned_prompts() -> None:
+    """It has no parameters at all, in a batch of its own or in one with others."""
+    tuned = prompt_of("dept")
+    frozen = dataclasses.replace(tuned, method=ZeroShot(), trainable={})
+    alone, model = Predictor(backbone_of("llama"), frozen)(TEXTS), Predictor(backbone_of("llama"), tuned)(TEXTS)
+    assert [answer.scores for answer in alone] != [answer.scores for answer in model]
+    both = Predictor(backbone_of("llama"), {"frozen": frozen, "tuned": tuned})
+    mixed = both(TEXTS, ["frozen", "tuned"] * (len(TEXTS) // 2) + ["frozen"] * (len(TEXTS) % 2))
+    for row, answer in enumerate(mixed):
+        wanted = (alone, model)[row % 2][row]
+        assert answer.scores == pytest.approx(wanted.scores, rel=0, abs=1e-5)
 
 
 def test_bare_texts_and_objects_are_alike_and_no_texts_are_none() -> None:
