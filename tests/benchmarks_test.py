@@ -21,14 +21,14 @@ from deptjax.methods import rank_for_budget
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `compare.py` as a user does."""
+def compare(*arguments: str, script: str = "benchmarks/compare.py") -> subprocess.CompletedProcess[str]:
+    """Runs a benchmark as a user does."""
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
-    command = [sys.executable, "benchmarks/compare.py", *arguments]
+    command = [sys.executable, script, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -189,3 +189,27 @@ def test_every_row_that_is_promised_is_planned() -> None:
                 for c in planned
                 if c.section == section and c.entrants[0].model == model
             )
+
+
+def test_decoding_is_compared_in_one_run(tmp_path: pathlib.Path) -> None:
+    """Both sides decode as many tokens; the table has a row for each prompt, and the aims their worst case."""
+    output, page = tmp_path / "decode.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- decode:begin -->\nold\n<!-- decode:end -->\nafter\n")
+    arguments = ("--quick", "--only", "llama-tiny", "--rounds", "2", "--output", str(output))
+    run = compare(*arguments, "--write-readme", str(page), script="benchmarks/decode.py")
+    assert run.returncode == 0, run.stderr
+    (contest,) = json.loads(output.read_text())["contests"].values()
+    assert [decoder["name"] for decoder in contest["decoders"] if "mixed" in decoder["name"]] == [
+        "deptjax dept20 mixed",
+        "deptjax pt100 mixed",
+    ]
+    assert len(contest["decoders"]) == 8
+    assert all(len(decoder["seconds"]) == 2 and min(decoder["seconds"]) > 0 for decoder in contest["decoders"])
+    assert page.read_text().startswith("before\n<!-- decode:begin -->\nMeasured ")
+    rows = [line for line in run.stdout.splitlines() if line.startswith("| llama-tiny, 8 |")]
+    assert len(rows) == 5
+    assert sum("cannot" in row for row in rows) == 2
+    again = compare("--table", "--output", str(output), script="benchmarks/decode.py")
+    assert again.stdout == run.stdout
+    wrong = compare("--only", "gpt", "--output", str(output), script="benchmarks/decode.py")
+    assert (wrong.returncode, wrong.stderr.strip()) == (2, "decode: error: --only: no contest has 'gpt' in its name")
