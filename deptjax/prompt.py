@@ -116,15 +116,14 @@ class Prompt:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        folder = pathlib.Path(folder)
-        if not folder.exists() and _aside(folder).exists():
-            folder = _aside(folder)  # its run was cut off, or is just now, between two renames
+        folder = whole_folder(pathlib.Path(folder))
         for name in (CARD, TENSORS):
             if not (folder / name).is_file():
                 inside = f"; name {folder / 'prompt'}" if (folder / "prompt" / CARD).is_file() else ""
                 raise UserError(f"{folder} is not a saved prompt: it has no {name}{inside}")
         try:
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            _check_card(card)
             tensors = load_file(folder / TENSORS)
             prompt = cls(
                 method=method_from_config(card["method"]),
@@ -144,7 +143,9 @@ class Prompt:
             raise UserError(f"{folder / TENSORS} is damaged: {error}") from error
         except UserError as error:
             raise UserError(f"{folder / CARD}: {error}") from error
-        except (TypeError, AttributeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error}") from error
+        except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise UserError(f"{folder / CARD} was not written by deptjax, or is damaged: {error}") from error
         if prompt.run_id != _digest(tensors, card["method"], prompt.fingerprint, prompt.task, prompt.settings):
             raise UserError(
@@ -164,6 +165,11 @@ def replace_folder(fresh: pathlib.Path, folder: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def whole_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder, or the old one in its place that a replacement has put aside, for a moment or in a crash."""
+    return _aside(folder) if not folder.exists() and _aside(folder).exists() else folder
+
+
 def recover_folder(folder: pathlib.Path) -> None:
     """Brings back the folder that a killed `replace_folder` had put aside, and removes what a killed save left.
 
@@ -177,6 +183,21 @@ def recover_folder(folder: pathlib.Path) -> None:
 
 def _aside(folder: pathlib.Path) -> pathlib.Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def _check_card(card: Any) -> None:
+    """Raises `UserError` for a field of a card that is not of its type, `KeyError` for one that is not there."""
+    wanted = {"run_id": str, "method": dict, "backbone": dict, "task": dict, "settings": dict, "metrics": dict}
+    if not isinstance(card, dict):
+        raise UserError(f"it holds a {type(card).__name__}, expected an object; it was not written by deptjax")
+    fields: dict[str, tuple[Any, type]] = {name: (card[name], kind) for name, kind in wanted.items()}
+    if isinstance(card["backbone"], dict):
+        fields["backbone name"] = (card["backbone"]["name"], str)
+        fields["backbone fingerprint"] = (card["backbone"]["fingerprint"], dict)
+    for name, (value, kind) in fields.items():
+        if not isinstance(value, kind):
+            told = "an object" if kind is dict else "a text"
+            raise UserError(f"field {name} is a {type(value).__name__}, expected {told}; it was not written by deptjax")
 
 
 def _flatten(tree: Tree) -> dict[str, np.ndarray]:

@@ -205,9 +205,9 @@ class Task:
                 raise UserError(f"task config: field '{name}' is missing or not a text")
         fields = dict(config)
         fields["source"] = source_from_config(fields.get("source"))
-        if fields.get("labels") is not None:
-            fields["labels"] = tuple(fields["labels"])
-        fields["metrics"] = tuple(fields.get("metrics", ()))
+        for name in ("labels", "metrics"):  # a text is no list of letters, and is refused
+            if isinstance(fields.get(name), list):
+                fields[name] = tuple(fields[name])
         return cls(**fields)
 
 

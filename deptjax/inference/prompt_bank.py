@@ -11,13 +11,14 @@ its shape. So tasks come and go without compiling anything anew, as long as they
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,15 @@ from deptjax.inference.rows import Rows, front_of
 from deptjax.methods.base import Method
 from deptjax.methods.room import has_room, move_in, room_for
 from deptjax.models.backbone import Backbone
-from deptjax.models.prompted import PromptedModel
+from deptjax.models.prompted import PromptedModel, check_parameters
 from deptjax.prompt import Prompt
 from deptjax.typing import Array, Tree
 
 logger = logging.getLogger(__name__)
 
 GROWTH = 1.25  # a full bank makes room for a quarter more: bounded waste, and few copies
+
+Source = Prompt | str | os.PathLike[str]
 
 
 class PromptBank:
@@ -47,19 +50,17 @@ class PromptBank:
 
     Args:
       backbone: the frozen model; a prompt tuned on another one is refused.
-      prompts: a `Prompt` or a folder for each name; at least one, unless `room` is given.
+      prompts: for each name a `Prompt`, or the path of one in any format that `load_prompt` knows; at least one, unless
+        `room` is given.
       room: a method that describes the largest prompt to come, such as `DePT(prompt_length=100, rank=60)`. A prompt
         that does not fit makes the bank larger, and batches are compiled anew. By default the largest of `prompts`.
       capacity: tasks to make room for at the start.
-
-    Attributes:
-      model: the `PromptedModel` of the bank's room, which runs the rows that `rows` returns.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        prompts: Mapping[str, Prompt | str | os.PathLike[str]] | None = None,
+        prompts: Mapping[str, Source] | None = None,
         *,
         room: Method | None = None,
         capacity: int = 1,
@@ -71,13 +72,19 @@ class PromptBank:
             [] if room is None else [room.resolve(backbone.width)]
         )
         self._backbone = backbone
-        self._lock = threading.Lock()
+        self._changing = threading.Lock()  # of who makes the next arrays, which may take long
+        self._lock = threading.Lock()  # of who reads them or puts them in place
         self._slots: dict[str, int] = {}
-        self._free = list(range(max(capacity, len(loaded), 1)))
-        self._settle(room_for(methods))
-        self._stack = self._zeros(len(self._free))
+        room_of_all, size = _Room.build(backbone, room_for(methods)), max(capacity, len(loaded), 1)
+        self._free = list(range(size))
+        self._now = _Arrays(room_of_all, room_of_all.empty(size), size)
         for name, prompt in loaded.items():
-            self.add(name, prompt)
+            self._put(name, prompt)
+
+    @property
+    def model(self) -> PromptedModel:
+        """The model of the bank's room, which runs the rows that `rows` returns; `take` returns the two together."""
+        return self._now.room.model
 
     @property
     def frozen(self) -> Tree:
@@ -87,17 +94,19 @@ class PromptBank:
     @property
     def names(self) -> list[str]:
         """The names of the tasks."""
-        return list(self._slots)
+        with self._lock:
+            return list(self._slots)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that the bank's arrays take."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._stack))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._now.stack))
 
     @property
     def capacity(self) -> int:
         """Tasks that the bank can hold before it grows."""
-        return len(self._slots) + len(self._free)
+        with self._lock:
+            return len(self._slots) + len(self._free)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -113,44 +122,38 @@ class PromptBank:
             return False
         return True
 
-    def add(self, name: str, prompt: Prompt | str | os.PathLike[str]) -> None:
+    def add(self, name: str, prompt: Source) -> None:
         """Adds a task, or replaces the one of that name. Batches under way are not disturbed.
 
         Raises `UserError` for a prompt that cannot be loaded, was tuned on another backbone, or cannot be stacked with
         those here; the bank is then as it was.
         """
-        prompt = self._checked(self._backbone, name, prompt)
-        room = room_for([self.model.method, prompt.method])
-        with self._lock:
-            if not has_room(self.model.method, prompt.method):
-                self._move(room)
-            member = self._member(prompt.method, prompt.trainable)
-            slot = self._slots.get(name)
-            if slot is None:
-                if not self._free:
-                    self._grow()
-                slot = self._free.pop(0)
-            self._stack = _put(self._stack, slot, member)
-            self._slots[name] = slot
+        self._put(name, self._checked(self._backbone, name, prompt))
 
     def remove(self, name: str) -> None:
         """Removes a task. Batches under way are not disturbed. Raises `UserError` for a name that is not there."""
         with self._lock:
-            self._free.append(self._slot(name))
+            slot = self._slot(name)
             del self._slots[name]
+            self._free.append(slot)
 
     def rows(self, names: Sequence[str]) -> Rows:
         """Returns what a batch is run with whose row i belongs to task `names[i]`.
 
         Raises `UserError` for a name that is not there.
         """
+        return self.take(names)[1]
+
+    def take(self, names: Sequence[str]) -> tuple[PromptedModel, Rows]:
+        """Returns what `rows` does, and the model that runs it, also when another thread makes the bank larger."""
         with self._lock:
+            room, stack, _ = self._now
             slots = np.asarray([self._slot(name) for name in names], np.int32)
-            taken = _take(self._stack, slots)
+            taken = _take(stack, slots)
         front = taken["front"]
-        if front is None and self._has_prompt:
-            front = _fronts(self.model, taken["trainable"], self._backbone.params, taken["length"])
-        return Rows(taken["trainable"], front, apart=True)
+        if front is None and room.has_prompt:
+            front = _fronts(room.model, taken["trainable"], self._backbone.params, taken["length"])
+        return room.model, Rows(taken["trainable"], front, apart=True)
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -159,59 +162,128 @@ class PromptBank:
         return self._slots[name]
 
     @staticmethod
-    def _checked(backbone: Backbone, name: str, prompt: Prompt | str | os.PathLike[str]) -> Prompt:
-        where = f"prompt '{name}'"
-        if not isinstance(prompt, Prompt):
-            where, prompt = str(prompt), Prompt.load(prompt)
-        prompt.check_backbone(backbone, where)
-        if prompt.method.tunes_backbone:
+    def _checked(backbone: Backbone, name: str, prompt: Source) -> Prompt:
+        where, checked = usable_prompt(backbone, prompt, name)
+        if checked.method.tunes_backbone:
             raise UserError(f"{where} is a whole model of its own and cannot be stacked; use it by itself")
-        return prompt
+        return checked
 
-    def _settle(self, room: Any) -> None:
-        """Makes `room` the method of the bank's model."""
-        self.model = PromptedModel.build(self._backbone, room)
-        self._shapes = self.model.shapes(self._backbone.width)
-        self._has_prompt = room.positions_in_front() > 0
-        # An encoder computes nothing of a prompt ahead: what is kept of it would only be a copy.
-        self._keeps_front = self._has_prompt and not self._backbone.config.is_encoder_decoder
+    def _put(self, name: str, prompt: Prompt) -> None:
+        with self._changing:  # all that takes long is done beside the arrays in use, which others go on reading
+            room, stack, size = self._now
+            method = room_for([room.model.method, prompt.method])
+            if not has_room(room.model.method, prompt.method):
+                room, stack = self._moved(self._now, method)
+            member = room.member(prompt.method, prompt.trainable)
+            if name not in self._slots and not self._free:
+                size = max(math.ceil(size * GROWTH), size + 1)
+                stack = _grown(stack, size)
+            with self._lock:
+                free = self._free + list(range(self._now.size, size))
+                slot = self._slots.get(name, free[0] if free else None)
+                self._now = _Arrays(room, _put(stack, slot, member), size)
+                self._slots[name] = slot
+                self._free = [place for place in free if place != slot]
 
-    def _member(self, method: Method, trainable: Tree) -> Tree:
-        """Returns what the stack holds of one task."""
-        moved = move_in(method, trainable, self.model.method, self._shapes)
-        if not self._has_prompt:
+    def _moved(self, old: _Arrays, method: Method) -> tuple[_Room, Tree]:
+        """Returns a larger room, and the arrays of all tasks moved into it."""
+        logger.info("the prompt bank grows to hold %s; batches are compiled anew", method)
+        room = _Room.build(self._backbone, method)
+        moved = jax.vmap(lambda tree: move_in(old.room.model.method, tree, method, room.shapes))(old.stack["trainable"])
+        new = {**room.empty(old.size), "trainable": moved, "length": old.stack["length"]}
+        if room.keeps_front:
+            for slot in list(self._slots.values()):
+                member = _take(new, np.int32(slot))
+                new = _put(new, slot, room.with_front(member["trainable"], member["length"]))
+        return room, new
+
+
+@dataclasses.dataclass(frozen=True)
+class _Room:
+    """What a bank's arrays hold of each task.
+
+    Attributes:
+      backbone: the frozen model.
+      model: the backbone with the method that has room for all tasks.
+      shapes: of that method's parameters.
+      has_prompt: whether it puts a prompt in front of the text.
+      keeps_front: whether what the prompt is to a text is kept as well; an encoder computes nothing of it ahead.
+    """
+
+    backbone: Backbone
+    model: PromptedModel
+    shapes: Tree
+    has_prompt: bool
+    keeps_front: bool
+
+    @classmethod
+    def build(cls, backbone: Backbone, method: Method) -> _Room:
+        model = PromptedModel.build(backbone, method)
+        has_prompt = method.positions_in_front() > 0
+        keeps_front = has_prompt and not backbone.config.is_encoder_decoder
+        return cls(backbone, model, model.shapes(backbone.width), has_prompt, keeps_front)
+
+    def member(self, method: Method, trainable: Tree) -> Tree:
+        """Returns what is held of a task."""
+        moved = move_in(method, trainable, self.model.method, self.shapes)
+        if not self.has_prompt:
             return {"trainable": moved, "length": None, "front": None}
-        return self._with_front(moved, jnp.asarray(method.positions_in_front(), jnp.int32))
+        return self.with_front(moved, jnp.asarray(method.positions_in_front(), jnp.int32))
 
-    def _with_front(self, trainable: Tree, length: Array) -> Tree:
-        front = front_of(self.model, trainable, self._backbone.params, length) if self._keeps_front else None
+    def with_front(self, trainable: Tree, length: Array) -> Tree:
+        front = front_of(self.model, trainable, self.backbone.params, length) if self.keeps_front else None
         return {"trainable": trainable, "length": length, "front": front}
 
-    def _zeros(self, count: int) -> Tree:
-        """Returns an empty stack of `count` tasks."""
-        method = self.model.method
-        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), self._shapes)
-        member = jax.eval_shape(lambda: self._member(method, zeros))
+    def empty(self, count: int) -> Tree:
+        """Returns the arrays of `count` tasks, all zeros."""
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), self.shapes)
+        member = jax.eval_shape(lambda: self.member(self.model.method, zeros))
         return jax.tree.map(lambda like: jnp.zeros((count, *like.shape), like.dtype), member)
 
-    def _grow(self) -> None:
-        """Makes room for more tasks. Batches are not compiled anew for it."""
-        have = len(self._slots)
-        want = max(math.ceil(have * GROWTH), have + 1)
-        self._stack = jax.tree.map(lambda a: jnp.pad(a, [(0, want - have)] + [(0, 0)] * (a.ndim - 1)), self._stack)
-        self._free.extend(range(have, want))
 
-    def _move(self, room: Method) -> None:
-        """Moves all tasks into a larger room."""
-        logger.info("the prompt bank grows to hold %s; batches are compiled anew", room)
-        old, stack = self.model.method, self._stack
-        self._settle(room)
-        moved = jax.vmap(lambda tree: move_in(old, tree, room, self._shapes))(stack["trainable"])
-        self._stack = {**self._zeros(self.capacity), "trainable": moved, "length": stack["length"]}
-        if self._keeps_front:
-            for slot in self._slots.values():
-                member = _take(self._stack, np.int32(slot))
-                self._stack = _put(self._stack, slot, self._with_front(member["trainable"], member["length"]))
+class _Arrays(NamedTuple):
+    """A bank's arrays, with a leading axis of `size` tasks, and the room that they are made for.
+
+    They are replaced together, so that nobody, not even after an interrupt, sees the one without the other.
+    """
+
+    room: _Room
+    stack: Tree
+    size: int
+
+
+def usable_prompt(backbone: Backbone, prompt: Source, name: str) -> tuple[str, Prompt]:
+    """Returns what messages call a prompt, and the prompt itself, its method resolved.
+
+    Args:
+      backbone: the one that it must have been tuned on.
+      prompt: a `Prompt`, or the path of one in any format that `load_prompt` knows.
+      name: of its task.
+
+    Raises `UserError` for one that cannot be read, belongs to another backbone, or whose parameters are not those of
+    its method, or not all finite numbers.
+    """
+    from deptjax.interop.prompts import load_prompt  # formats are loaded when a file is named
+
+    if not isinstance(name, str) or not name:
+        raise UserError(f"a task is named {name!r}; its name must be a text of at least one character")
+    where = f"prompt '{name}'"
+    if isinstance(prompt, (str, os.PathLike)):
+        where, prompt = str(prompt), load_prompt(prompt, backbone)
+    elif not isinstance(prompt, Prompt):
+        raise UserError(f"{where} is a {type(prompt).__name__}; give a Prompt, or the path of one")
+    prompt.check_backbone(backbone, where)
+    check_parameters(backbone, prompt.method, prompt.trainable, where)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(prompt.trainable):
+        if not (jnp.issubdtype(leaf.dtype, jnp.floating) and bool(np.all(np.isfinite(np.asarray(leaf))))):
+            tensor = "/".join(str(key.key) for key in path)
+            raise UserError(f"{where}: tensor '{tensor}' holds what is no finite number; tune it again")
+    return where, dataclasses.replace(prompt, method=prompt.method.resolve(backbone.width))
+
+
+def _grown(stack: Tree, size: int) -> Tree:
+    """Returns the arrays with room for `size` tasks. Batches are not compiled anew for it."""
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, size - a.shape[0])] + [(0, 0)] * (a.ndim - 1)), stack)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

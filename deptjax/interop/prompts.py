@@ -8,8 +8,6 @@ import shutil
 import uuid
 from pathlib import Path
 
-from flax import traverse_util
-
 from deptjax.data.tasks import Task, get_task
 from deptjax.errors import UserError, nearest
 from deptjax.interop.adapters import CONFIG, TENSORS, Adapter
@@ -18,10 +16,9 @@ from deptjax.interop.bare_arrays import bare_bytes, read_bare
 from deptjax.interop.official_dept import dept_files
 from deptjax.interop.peft import peft_files, read_peft
 from deptjax.models.backbone import Backbone
-from deptjax.models.prompted import PromptedModel
-from deptjax.prompt import CARD, Prompt, replace_folder
+from deptjax.models.prompted import check_parameters
+from deptjax.prompt import CARD, Prompt, replace_folder, whole_folder
 from deptjax.prompt import TENSORS as OWN_TENSORS
-from deptjax.typing import Tree
 
 FORMATS = ("peft", "dept", "npz", "safetensors", "npy")
 _FOLDERS = {"peft": peft_files, "dept": dept_files}
@@ -46,11 +43,13 @@ def load_prompt(path: str | os.PathLike[str], backbone: Backbone, task: Task | s
     path = Path(path).expanduser()
     check_finished(path)
     chosen = get_task(task) if isinstance(task, str) else task
+    path = whole_folder(path)
     if (path / CARD).exists():
         return _own(path, backbone, chosen)
     if path.is_dir():
         if not (path / CONFIG).exists() and not (path / CONFIG).is_symlink():
-            raise UserError(f"{path} is no prompt: it holds neither {CARD} nor {CONFIG}; name the folder that does")
+            inner = path / "prompt" if (path / "prompt" / CARD).exists() else "the folder that does"
+            raise UserError(f"{path} is no prompt: it holds neither {CARD} nor {CONFIG}; name {inner}")
         adapter = read_peft(path, backbone)
     elif path.exists():
         adapter = read_bare(path, backbone)
@@ -93,6 +92,7 @@ def _own(path: Path, backbone: Backbone, task: Task | None) -> Prompt:
     inside(path, CARD), inside(path, OWN_TENSORS)
     prompt = Prompt.load(path)
     prompt.check_backbone(backbone, str(path))
+    check_parameters(backbone, prompt.method, prompt.trainable, str(path))
     if task is None:
         return prompt
     return dataclasses.replace(prompt, task=task.to_config(), metrics={}).with_run_id()
@@ -105,7 +105,7 @@ def _built(path: Path, adapter: Adapter, backbone: Backbone, task: Task | None) 
         raise UserError(f"{path}: {error}") from None
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: its method cannot be made ({error}); export it again") from None
-    _check_shapes(path, bare, backbone)
+    check_parameters(backbone, bare.method, bare.trainable, str(path))
     method, context = bare.method, backbone.config.context
     left = None if context is None else context - method.positions_in_front()
     task = task or _any_text(path, left)
@@ -125,24 +125,6 @@ def _any_text(path: Path, positions: int | None) -> Task:
     """Returns the task of an adapter that names none: a bare text in, free text out, in at most half the positions."""
     longest = Task.max_target_length if positions is None else min(Task.max_target_length, max(1, positions // 2))
     return Task(path.resolve().stem or "prompt", None, "{text}", labels=(), max_target_length=longest)
-
-
-def _check_shapes(path: Path, prompt: Prompt, backbone: Backbone) -> None:
-    """Raises `UserError` for parameters that are not those of the prompt's method on this backbone."""
-    if prompt.method.tunes_backbone:
-        wanted = _shapes({"backbone": backbone.params})
-    else:
-        wanted = _shapes(PromptedModel.build(backbone, prompt.method).shapes(backbone.width))
-    actual = _shapes(prompt.trainable)
-    for name in wanted | actual:
-        if actual.get(name) != wanted.get(name):
-            told = f"has shape {actual[name]}" if name in actual else "is missing"
-            expected = wanted.get(name, "no such tensor")
-            raise UserError(f"{path}: tensor '{name}' {told}, expected {expected} for '{backbone.name}'")
-
-
-def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def check_free(path: Path, overwrite: bool) -> None:

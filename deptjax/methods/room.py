@@ -44,6 +44,7 @@ def room_for(methods: Sequence[Method]) -> Any:
                     (ours, theirs) if isinstance(ours, str) else (f"{ours[0]} {ours[1]}", f"{theirs[0]} {theirs[1]}")
                 )
                 raise UserError(f"prompts of {names[0]} and of {names[1]} cannot be stacked; put them into two banks")
+    first = next((method for method in methods if all(method.scales().values())), first)  # 0 cannot be divided by
     largest = {name: max(getattr(method, name) for method in methods) for name in first.sizes}
     fields = {name: getattr(first, name) for name in method_fields(type(first))}
     return type(first)(**{**fields, **largest})  # not by its kind: the frozen model's is not registered
@@ -52,6 +53,7 @@ def room_for(methods: Sequence[Method]) -> Any:
 def has_room(room: Method, method: Method) -> bool:
     """Returns whether the parameters of `method` fit into those of `room`."""
     fits = all(getattr(method, name) <= getattr(room, name) for name in room.sizes)
+    fits = fits and (all(room.scales().values()) or not any(method.scales().values()))
     return fits and kind_of(room) == kind_of(method)
 
 
@@ -64,7 +66,7 @@ def move_in(method: Method, trainable: Tree, room: Method, shapes: Tree) -> Tree
 
     def moved(path: tuple[Any, ...], leaf: Array, like: Any) -> Array:
         name = path[-1].key
-        leaf = jnp.asarray(leaf) * (own[name] / new[name]) if name in own else jnp.asarray(leaf)
+        leaf = jnp.asarray(leaf) * (own[name] / new[name] if own[name] else 0.0) if name in own else jnp.asarray(leaf)
         missing = [want - have for want, have in zip(like.shape, leaf.shape, strict=True)]
         front = name == IN_FRONT
         return jnp.pad(leaf, [(gap, 0) if front and axis == 0 else (0, gap) for axis, gap in enumerate(missing)])

@@ -13,11 +13,13 @@ gradients can be taken of `trainable` alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from deptjax.errors import UserError
 from deptjax.methods.base import SITE, Method, Vocabulary
@@ -62,6 +64,40 @@ def check_context(backbone: Backbone, method: Method, source_length: int, target
             f"{prompt_length} prompt vectors, max_length {source_length} and targets of {target_length} tokens are "
             f"{total} positions, and '{backbone.name}' has {context}; lower prompt_length or max_length"
         )
+
+
+def check_parameters(backbone: Backbone, method: Method, trainable: Tree, where: str) -> None:
+    """Raises `UserError`, naming the tensor, for parameters that are not those of `method` on `backbone`.
+
+    `where` is what the message calls the place that they come from.
+    """
+    try:
+        method = method.resolve(backbone.width)
+        if method.tunes_backbone:
+            wanted = _shapes({"backbone": backbone.params})
+        else:
+            wanted = _parameter_shapes(backbone.config, method)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (TypeError, ValueError) as error:  # fields of a card that somebody edited may hold anything
+        told = " ".join(str(error).split())
+        raise UserError(f"{where}: method '{method.kind}' cannot be made of its fields: {told}") from None
+    actual = _shapes(trainable)
+    for name in wanted | actual:
+        if actual.get(name) != wanted.get(name):
+            told = f"has shape {actual[name]}" if name in actual else "is missing"
+            expected = wanted.get(name, "no such tensor")
+            raise UserError(f"{where}: tensor '{name}' {told}, expected {expected} for '{backbone.name}'")
+
+
+@functools.lru_cache(maxsize=64)
+def _parameter_shapes(config: Any, method: Method) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a method's parameters by name; kept, since a server adds many prompts of one method."""
+    return _shapes(PromptedModel(config.make(method.sites()), method).shapes(config.width))
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 class RowCache(NamedTuple):

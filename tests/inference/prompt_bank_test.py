@@ -171,7 +171,7 @@ def test_what_cannot_be_stacked_is_refused(tmp_path: pathlib.Path) -> None:
         PromptBank(backbone, {"a": prompt_of("llama", LoRA()), "b": prompt_of("llama", LoRA(targets="query$"))})
     with pytest.raises(UserError, match="prompt 'x' was tuned on 'tiny-llama', not on 'tiny-llama': embedding"):
         PromptBank(tiny_llama(seed=3), {"x": dept})
-    with pytest.raises(UserError, match="is not a saved prompt"):
+    with pytest.raises(UserError, match="missing: there is no such file or folder"):
         bank.add("missing", tmp_path / "missing")
     with pytest.raises(UserError, match="needs a prompt, or room="):
         PromptBank(backbone)
