@@ -180,7 +180,7 @@ class PromptBank:
                 stack = _grown(stack, size)
             with self._lock:
                 free = self._free + list(range(self._now.size, size))
-                slot = self._slots.get(name, free[0] if free else None)
+                slot = self._slots[name] if name in self._slots else free[0]
                 self._now = _Arrays(room, _put(stack, slot, member), size)
                 self._slots[name] = slot
                 self._free = [place for place in free if place != slot]

@@ -205,7 +205,7 @@ def test_threads_share_a_predictor_while_tasks_change() -> None:
     for thread in askers:
         thread.join()
     assert not wrong
-    bank = predict._tasks["a"].bank
+    bank = predict._served.tasks["a"].bank
     assert len(bank) == 3  # nothing retired is kept
 
 

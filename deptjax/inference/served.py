@@ -1,0 +1,202 @@
+"""The tasks that a `Predictor` serves: they come and go while calls are under way."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deptjax.data.preprocess import Preprocessor
+from deptjax.data.tasks import Task
+from deptjax.errors import UserError, nearest
+from deptjax.inference.answers import MODES, Reader
+from deptjax.inference.prompt_bank import PromptBank, Source, usable_prompt
+from deptjax.inference.rows import Rows
+from deptjax.methods.base import Method
+from deptjax.methods.room import kind_of, room_for
+from deptjax.models.backbone import Backbone
+from deptjax.models.prompted import PromptedModel, check_context
+from deptjax.prompt import Prompt
+from deptjax.typing import Tree
+
+
+class Single:
+    """A prompt that cannot be stacked, a whole model of its own, behind the interface of a `PromptBank`."""
+
+    def __init__(self, backbone: Backbone, prompt: Prompt) -> None:
+        self.frozen: Tree = {}
+        self._model = PromptedModel.build(backbone, prompt.method)
+        self._rows = Rows.shared(self._model, jax.tree.map(jnp.asarray, prompt.trainable), self.frozen)
+
+    def take(self, names: Sequence[str]) -> tuple[PromptedModel, Rows]:
+        """Returns the model, and what all rows share."""
+        return self._model, self._rows
+
+
+class Served:
+    """A task that is served: how its answers are read, and where its prompt lies, until its last call ends.
+
+    Attributes:
+      name: of the task.
+      method: of its prompt, resolved.
+      reader: how its answers are read.
+      bank: where its prompt lies, under `key`.
+    """
+
+    def __init__(self, name: str, method: Method, reader: Reader, bank: PromptBank | Single, key: str) -> None:
+        self.name, self.method, self.reader, self.bank, self.key = name, method, reader, bank, key
+        self.calls: set[object] = set()  # those under way; a set, so that leaving twice, after an interrupt, is once
+        self.retired = False
+
+    def free(self) -> None:
+        """Gives the prompt's place back once it is retired and no call needs it."""
+        if self.retired and not self.calls and isinstance(self.bank, PromptBank) and self.key in self.bank:
+            self.bank.remove(self.key)
+
+
+class ServedTasks:
+    """Tasks by name, on one backbone; safe to use from several threads.
+
+    Args:
+      backbone: a prompt that was tuned on another one is refused.
+      on_too_long: what happens to texts of more than a prompt's `max_length`: `cut`, or `error`.
+      tokenizing: the lock under which the backbone's tokenizer is called.
+    """
+
+    def __init__(self, backbone: Backbone, on_too_long: str, tokenizing: Any) -> None:
+        self._backbone, self._on_too_long, self._tokenizing = backbone, on_too_long, tokenizing
+        self._loading = threading.Lock()  # of who adds tasks, which may take long
+        self._lock = threading.Lock()  # of the tasks, which are replaced and never changed in place
+        self._tasks: dict[str, Served] = {}
+        self._serial = 0
+
+    @property
+    def tasks(self) -> Mapping[str, Served]:
+        """The tasks by name, as they are now."""
+        return self._tasks
+
+    def add(self, prompts: Mapping[str, Source]) -> None:
+        """Serves prompts under these names, in place of those that have them; calls under way are not disturbed.
+
+        Raises `UserError` for a prompt that cannot be used; what was served is then served as before.
+        """
+        checked = {name: self._checked(name, prompt) for name, prompt in prompts.items()}
+        new: dict[str, Served] = {}
+        with self._loading:
+            try:
+                self._place(checked, new)
+                with self._lock:
+                    old = [self._tasks[name] for name in new if name in self._tasks]
+                    self._tasks = {**self._tasks, **{name: new[name] for name in checked}}
+                    self._retire(old)
+            finally:  # also after an error or an interrupt in the middle
+                with self._lock:
+                    self._retire([served for served in new.values() if self._tasks.get(served.name) is not served])
+
+    def remove(self, name: str) -> None:
+        """Serves a task no more. Raises `UserError` for a name that is not there."""
+        with self._lock:
+            gone = self._find(name)
+            self._tasks = {other: kept for other, kept in self._tasks.items() if other != name}
+            self._retire([gone])
+
+    @contextlib.contextmanager
+    def held(self, names: Sequence[str | None]) -> Iterator[list[Served]]:
+        """Yields the task of each text, by name or `None` for the only one; until the end their prompts stay.
+
+        Raises `UserError` for a name that is not there, with the text's number where texts differ in it.
+        """
+        call, used = object(), set[Served]()
+        several = len(set(names)) > 1
+        try:
+            with self._lock:
+                found = [self._find(name, f"text {i}: " if several else "") for i, name in enumerate(names, 1)]
+                used.update(found)
+                for served in used:
+                    served.calls.add(call)
+            yield found
+        finally:
+            with self._lock:
+                for served in used:
+                    served.calls.discard(call)
+                    served.free()
+
+    def _find(self, name: str | None, where: str = "") -> Served:
+        if name is None and len(self._tasks) == 1:
+            return next(iter(self._tasks.values()))
+        if name is None or name not in self._tasks:
+            there = ", ".join(list(self._tasks)[:20]) or "none"
+            told = "name the task of the texts" if name is None else f"no prompt is loaded for task '{name}'"
+            raise UserError(f"{where}{told}; there are: {there}.{nearest(str(name), self._tasks)}")
+        return self._tasks[name]
+
+    @staticmethod
+    def _retire(tasks: Sequence[Served]) -> None:
+        for served in tasks:
+            served.retired = True
+            served.free()
+
+    def _place(self, checked: Mapping[str, tuple[Prompt, Reader]], new: dict[str, Served]) -> None:
+        """Puts prompts into banks and their tasks into `new`, each before its prompt takes a place."""
+        banks = [b for b in dict.fromkeys(t.bank for t in self._tasks.values()) if isinstance(b, PromptBank)]
+        kin: dict[Any, list[str]] = {}  # names by what their methods must have in common to be stacked
+        for name, (prompt, _) in checked.items():
+            kin.setdefault(name if prompt.method.tunes_backbone else kind_of(prompt.method), []).append(name)
+        for names in kin.values():
+            bank = self._bank_for([checked[name][0] for name in names], banks)
+            for name in names:
+                prompt, reader = checked[name]
+                self._serial += 1
+                new[name] = Served(name, prompt.method, reader, bank, f"{name}#{self._serial}")
+                if isinstance(bank, PromptBank):
+                    bank.add(new[name].key, prompt)
+
+    def _bank_for(self, prompts: Sequence[Prompt], banks: Sequence[PromptBank]) -> PromptBank | Single:
+        """Returns the bank that takes prompts of one kind, or a new one with room for all of them."""
+        if prompts[0].method.tunes_backbone:
+            return Single(self._backbone, prompts[0])
+        for bank in banks:
+            if bank.accepts(prompts[0].method):
+                return bank
+        room = room_for([prompt.method for prompt in prompts])
+        return PromptBank(self._backbone, room=room, capacity=len(prompts))
+
+    def _checked(self, name: str, prompt: Source) -> tuple[Prompt, Reader]:
+        """Returns a prompt that fits the backbone, and how its answers are read."""
+        where, usable = usable_prompt(self._backbone, prompt, name)
+        try:
+            return usable, self._reader(usable)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def _reader(self, prompt: Prompt) -> Reader:
+        length, mode = _max_length(prompt), prompt.settings.get("evaluation", "auto")
+        if mode not in MODES:
+            raise UserError(f"evaluation is {mode!r} in its settings, expected one of {', '.join(MODES)}")
+        limit = prompt.method.source_limit()
+        if limit is not None and length > limit:
+            raise UserError(f"max_length is {length} in its settings, and its method takes {limit} tokens at most")
+        try:
+            task = Task.from_config({**prompt.task, "source": None})  # where its rows came from may be gone
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:  # fields of a card that somebody edited
+            raise UserError(f"its task was not written by deptjax, or is damaged: {error}") from None
+        causal = not self._backbone.config.is_encoder_decoder
+        tokenizer, on_too_long = self._backbone.tokenizer, self._on_too_long
+        preprocessor = Preprocessor(tokenizer, task, causal=causal, max_length=length, on_too_long=on_too_long)
+        with self._tokenizing:
+            check_context(self._backbone, prompt.method, length, preprocessor.longest_target())
+            return Reader(preprocessor, mode)
+
+
+def _max_length(prompt: Prompt) -> int:
+    length = prompt.settings.get("max_length")
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        told = "is missing from" if length is None else f"is {length!r:.40} in"
+        raise UserError(f"max_length {told} its settings, expected a whole number of at least 1")
+    return length
