@@ -19,7 +19,10 @@ MASKED = -1e9  # added to scores that must not count; finite, so that a row with
 
 
 class KV(NamedTuple):
-    """Keys and values: (B, S, K, H); (S, K, H), or a B of 1, when all rows share them."""
+    """Keys and values: (B, K, S, H); (K, S, H), or a B of 1, when all rows share them.
+
+    Heads stand in front of positions, as the products of attention want them: a cache is then never transposed.
+    """
 
     keys: Array
     values: Array
@@ -43,26 +46,30 @@ def attend(
     With K < N key/value heads, query head n uses key/value head n // (N / K) (grouped-query attention).
     `dropout` is applied to the attention weights.
     """
-    batch, length, heads, width = query.shape
-    kv_heads = segments[0].kv.keys.shape[-2]
+    batch, length, _, width = query.shape
+    kv_heads = segments[0].kv.keys.shape[-3]
+    grouped = (query * scale).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, -1, width)  # the queries of a key/value head, one behind the other
     # A decoding step's scores are smaller than the cache, which joining would copy; so are those of a few rows that
     # share a text, such as the beams of one source.
     if length == 1 or any(kv.keys.ndim == 4 and len(kv.keys) != batch for kv, _ in segments):
-        return _attend_apart(query, segments, scale, dropout)
-    # Heads in front, so that every product below is a matrix product that needs no transposed copy of the weights.
-    grouped = (query * scale).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch, kv_heads, -1, width)
-    keys, values = (
-        jnp.concatenate([jnp.broadcast_to(a, (batch, *a.shape[-3:])) for a in parts], axis=1).swapaxes(1, 2)
-        for parts in zip(*(segment.kv for segment in segments), strict=True)
-    )
-    shape = (*grouped.shape[:3], keys.shape[2])
-    bias = _joined_bias(segments)
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (batch, heads, length, shape[3])).reshape(shape)
-    keep = None if dropout is None else dropout(jnp.ones(shape, query.dtype))
-    mixed = _mix(grouped, keys, values, bias, keep)
+        mixed = _mix_apart(grouped, segments, length, dropout)
+    else:
+        keys, values = (
+            jnp.concatenate([jnp.broadcast_to(a, (batch, *a.shape[-3:])) for a in parts], axis=2)
+            for parts in zip(*(segment.kv for segment in segments), strict=True)
+        )
+        shape = (*grouped.shape[:3], keys.shape[2])
+        bias = _joined_bias(segments)
+        keep = None if dropout is None else dropout(jnp.ones(shape, query.dtype))
+        mixed = _mix(grouped, keys, values, None if bias is None else _by_head(bias, shape, length), keep)
     return mixed.reshape(batch, kv_heads, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _by_head(bias: Array, shape: tuple[int, ...], length: int) -> Array:
+    """Returns a bias that broadcasts to (B, N, T, S) in the shape (B, K, N / K * T, S) of the scores."""
+    batch, kv_heads, queries, keys = shape
+    return jnp.broadcast_to(bias, (batch, kv_heads * queries // length, length, keys)).reshape(shape)
 
 
 @jax.custom_vjp
@@ -110,41 +117,43 @@ def _joined_bias(segments: Sequence[Segment]) -> Array | None:
     lead = jnp.broadcast_shapes(*(bias.shape[:3] for bias in given))
 
     def widened(kv: KV, bias: Array | None) -> Array:
-        shape = (*lead, kv.keys.shape[-3])
+        shape = (*lead, kv.keys.shape[-2])
         return jnp.zeros(shape) if bias is None else jnp.broadcast_to(bias, shape)
 
     return jnp.concatenate([widened(*segment) for segment in segments], axis=-1)
 
 
-def _attend_apart(
-    query: Array, segments: Sequence[Segment], scale: float, dropout: Callable[[Array], Array] | None
-) -> Array:
-    """Returns what `attend` returns, with the scores of the segments joined instead of their keys and values."""
-    batch, length, heads, width = query.shape
-    kv_heads = segments[0].kv.keys.shape[-2]
-    grouped = (query * scale).reshape(batch, length, kv_heads, heads // kv_heads, width)
-    segments = [Segment(_without_row(kv) if len(kv.keys) == 1 != batch else kv, bias) for kv, bias in segments]
+def _mix_apart(
+    q: Float[Array, "B K T H"],
+    segments: Sequence[Segment],
+    length: int,
+    dropout: Callable[[Array], Array] | None,
+) -> Float[Array, "B K T H"]:
+    """Returns what `_mix` returns, with the scores of the segments joined instead of their keys and values."""
+    segments = [Segment(_without_row(kv) if len(kv.keys) == 1 != len(q) else kv, bias) for kv, bias in segments]
     scores = []
     for (keys, _), bias in segments:
         rows = "b" if keys.ndim == 4 else ""
-        score = jnp.einsum(f"btkgh,{rows}skh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            score = score.reshape(batch, heads, length, -1)
-            score = (score + jnp.broadcast_to(bias, score.shape)).reshape(batch, kv_heads, -1, length, score.shape[-1])
-        scores.append(score)
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
+        score = jnp.einsum(f"bkth,{rows}ksh->bkts", q, keys, preferred_element_type=jnp.float32)
+        scores.append(score if bias is None else score + _by_head(bias, score.shape, length))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    result, start = jnp.zeros_like(grouped), 0
+    result, start = jnp.zeros_like(q), 0
     for (_, values), _ in segments:
-        rows, size = ("b" if values.ndim == 4 else ""), values.shape[-3]
-        result += jnp.einsum(f"bkgts,{rows}skh->btkgh", weights[..., start : start + size], values)
+        rows, size = ("b" if values.ndim == 4 else ""), values.shape[-2]
+        result += jnp.einsum(f"bkts,{rows}ksh->bkth", weights[..., start : start + size], values)
         start += size
-    return result.reshape(query.shape)
+    return result
 
 
 def _without_row(kv: KV) -> KV:
     return KV(*(a[0] if a.ndim == 4 else a for a in kv))
+
+
+def heads_in_front(projected: Float[Array, "*B S K H"]) -> Float[Array, "*B K S H"]:
+    """Returns projected keys or values as `KV` has them."""
+    return jnp.swapaxes(projected, -3, -2)
 
 
 def causal_bias(length: int, dtype: jnp.dtype = jnp.float32) -> Float[Array, "1 1 T T"]:
@@ -158,9 +167,9 @@ def mask_bias(mask: Array) -> Float[Array, "B 1 1 S"]:
 
 
 def append(buffer: KV, new: KV, t: Array | int) -> KV:
-    """Returns the buffer (B, G, K, H) with new keys and values (B, U, K, H) written from slot `t` on."""
+    """Returns the buffer (B, K, G, H) with new keys and values (B, K, U, H) written from slot `t` on."""
     write = jax.lax.dynamic_update_slice_in_dim
-    return KV(write(buffer.keys, new.keys, t, axis=1), write(buffer.values, new.values, t, axis=1))
+    return KV(write(buffer.keys, new.keys, t, axis=2), write(buffer.values, new.values, t, axis=2))
 
 
 def front_bias(vectors: int, length: Array | int | None) -> Float[Array, "1 1 1 M"] | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites
-from deptjax.models.attention import KV, Segment
+from deptjax.models.attention import KV, Segment, heads_in_front
 from deptjax.typing import Array, Float
 
 
@@ -88,7 +88,7 @@ def extra_segments(sites: Sites, path: str, num_heads: int, head_dim: int, dtype
     if not fill:
         return []
     keys, values = fill()
-    return [Segment(KV(keys.astype(dtype), values.astype(dtype)))]
+    return [Segment(KV(*(heads_in_front(a.astype(dtype)) for a in (keys, values))))]
 
 
 def residual_fill(sites: Sites, path: str, width: int) -> Callable[[Array], Array]:

@@ -24,7 +24,17 @@ import jax.numpy as jnp
 
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.attention import KV, Segment, append, attend, causal_bias, front_bias, mask_bias, step_bias
+from deptjax.models.attention import (
+    KV,
+    Segment,
+    append,
+    attend,
+    causal_bias,
+    front_bias,
+    heads_in_front,
+    mask_bias,
+    step_bias,
+)
 from deptjax.typing import Array, Bool, Float, Int
 
 
@@ -118,14 +128,14 @@ class LayerCache(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What a layer attends to beside the stream itself: the prompt's keys and values (M, K, H), and its cache."""
+    """What a layer attends to beside the stream itself: the prompt's keys and values (K, M, H), and its cache."""
 
     prompt: KV | None
     cache: LayerCache | None
 
 
 class Front(NamedTuple):
-    """What a prompt is to the texts behind it: keys and values (M, K, H) a layer, and how many of the M are real.
+    """What a prompt is to the texts behind it: keys and values (K, M, H) a layer, and how many of the M are real.
 
     The real ones come last; a `length` of `None` says that all are.
     """
@@ -174,7 +184,7 @@ class Attention(nn.Module):
 
         def qkv(stream: Array, rope: tuple[Array, Array]) -> tuple[Array, KV]:
             q, k, v = (project[n](stream).reshape(*stream.shape[:-1], heads[n], c.head_dim) for n in heads)
-            return rotate(q, rope), KV(rotate(k, rope), v)
+            return rotate(q, rope), KV(heads_in_front(rotate(k, rope)), heads_in_front(v))
 
         def mix(query: Array, segments: list[Segment]) -> Array:
             mixed = attend(query, extra + segments, c.head_dim**-0.5)
@@ -326,13 +336,8 @@ class Llama(nn.Module):
         )
         (states, _), kvs = self._blocks((source, None), context, self._past(front, None))
         last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        room = (
-            *((c.num_layers,) if c.scan_layers else ()),
-            source.shape[0] * beams,
-            max_new,
-            c.num_kv_heads,
-            c.head_dim,
-        )
+        stacked = (c.num_layers,) if c.scan_layers else ()
+        room = (*stacked, source.shape[0] * beams, c.num_kv_heads, max_new, c.head_dim)
 
         def with_room(kv: KV) -> LayerCache:
             return LayerCache(kv, KV(jnp.zeros(room, c.dtype), jnp.zeros(room, c.dtype)))
@@ -347,7 +352,7 @@ class Llama(nn.Module):
 
         `front` is that which `start` was given.
         """
-        slots = jax.tree.leaves(cache.layers)[-1].shape[-3]
+        slots = jax.tree.leaves(cache.layers)[-1].shape[-2]
         positions = cache.next_position[:, None] + t + jnp.arange(tokens.shape[1])[None]
         context = Context(
             rope=rope_angles(positions, rope_frequencies(self.config)),
@@ -426,4 +431,4 @@ class Llama(nn.Module):
 
 def _vectors(front: Front) -> int:
     """Returns M, the vectors of a prompt, real or not."""
-    return int(jax.tree.leaves(front.layers)[0].shape[-3])
+    return int(jax.tree.leaves(front.layers)[0].shape[-2])

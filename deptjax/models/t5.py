@@ -27,7 +27,7 @@ import numpy as np
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.attention import KV, Segment, append, attend, front_bias, mask_bias, step_bias
+from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, mask_bias, step_bias
 from deptjax.typing import Array, Bool, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -204,7 +204,10 @@ class Attention(nn.Module):
             return y.reshape(*stream.shape[:-1], c.num_heads, c.head_dim)
 
         query = project("query", x)
-        kv = attended if isinstance(attended, KV) else KV(project("key", attended), project("value", attended))
+        if isinstance(attended, KV):
+            kv = attended
+        else:
+            kv = KV(*(heads_in_front(project(name, attended)) for name in ("key", "value")))
         if past is not None:
             kv = append(past, kv, step)
         extra = layers.extra_segments(self.sites, self.place, c.num_heads, c.head_dim, x.dtype)
@@ -385,9 +388,9 @@ class Decoder(nn.Module):
 
 
 def _slots(caches: Any) -> int:
-    """Returns the number of decoder slots: the size of axis S in (B, S, N, H), or in (L, B, S, N, H) when scanned."""
+    """Returns the number of decoder slots: the size of axis S in (B, N, S, H), or in (L, B, N, S, H) when scanned."""
     first = caches if isinstance(caches, LayerCache) else caches[0]
-    return first.new.keys.shape[-3]
+    return first.new.keys.shape[-2]
 
 
 class T5(nn.Module):
@@ -452,7 +455,7 @@ class T5(nn.Module):
         encoded, source_bias = self._encode(source, source_mask, prompt, deterministic=True, prompt_length=length)
         stacked = (c.num_decoder_layers,) if c.scan_layers else ()
         rows = source.shape[0] * beams
-        room = (*stacked, rows, max_new + 1, c.num_heads, c.head_dim)
+        room = (*stacked, rows, c.num_heads, max_new + 1, c.head_dim)
         empty = LayerCache(None, KV(jnp.zeros(room, c.dtype), jnp.zeros(room, c.dtype)))
         caches = empty if c.scan_layers else (empty,) * c.num_decoder_layers
         first = self.embed(jnp.full((rows, 1), c.decoder_start_token, jnp.int32))

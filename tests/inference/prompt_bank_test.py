@@ -125,7 +125,7 @@ def test_the_prompts_keys_and_values_are_made_when_it_is_added_and_no_offset_tou
     _, cache = module.apply({"params": frozen}, whole, mask, None, 1, method="start")
     for layer, kv in zip(cache.layers, dept.front.layers, strict=True):
         for made, plain in zip(kv, layer.source, strict=True):
-            np.testing.assert_allclose(made[0], plain[0, :5], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(made[0], plain[0, :, :5], rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_reads_them_and_does_not_make_them_again() -> None:

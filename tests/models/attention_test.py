@@ -22,17 +22,17 @@ def formula(query: Array, segments: Sequence[Segment], scale: float, keep: Array
     batch, length, heads, _ = query.shape
     keys, values, biases = [], [], []
     for (k, v), bias in segments:
-        copies = heads // k.shape[-2]
-        spread = [jnp.broadcast_to(a, (batch, *a.shape[-3:])).repeat(copies, axis=2) for a in (k, v)]
+        copies = heads // k.shape[-3]
+        spread = [jnp.broadcast_to(a, (batch, *a.shape[-3:])).repeat(copies, axis=1) for a in (k, v)]
         keys.append(spread[0])
         values.append(spread[1])
-        shape = (batch, heads, length, k.shape[-3])
+        shape = (batch, heads, length, k.shape[-2])
         biases.append(jnp.zeros(shape) if bias is None else jnp.broadcast_to(bias, shape))
-    scores = scale * jnp.einsum("btnh,bsnh->bnts", query, jnp.concatenate(keys, axis=1)) + jnp.concatenate(biases, -1)
+    scores = scale * jnp.einsum("btnh,bnsh->bnts", query, jnp.concatenate(keys, axis=2)) + jnp.concatenate(biases, -1)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True)
     weights = weights if keep is None else weights * keep
-    return jnp.einsum("bnts,bsnh->btnh", weights, jnp.concatenate(values, axis=1))
+    return jnp.einsum("bnts,bnsh->btnh", weights, jnp.concatenate(values, axis=2))
 
 
 def arrays(heads: tuple[int, int], length: int = T, seed: int = 0) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def arrays(heads: tuple[int, int], length: int = T, seed: int = 0) -> dict[str, 
 
     return {
         "query": normal(B, length, query_heads, H),
-        "shared": KV(normal(3, kv_heads, H), normal(3, kv_heads, H)),
-        "own": KV(normal(B, 11, kv_heads, H), normal(B, 11, kv_heads, H)),
+        "shared": KV(normal(kv_heads, 3, H), normal(kv_heads, 3, H)),
+        "own": KV(normal(B, kv_heads, 11, H), normal(B, kv_heads, 11, H)),
         "bias": normal(1, query_heads, length, 11),
     }
 
@@ -91,9 +91,9 @@ def test_dropped_weights_count_in_values_and_gradients() -> None:
 
 def test_an_untrained_bias_costs_no_gradient_and_hides_what_it_masks() -> None:
     given = arrays((3, 3))
-    own = KV(given["own"].keys[:, :T], given["own"].values[:, :T])
+    own = KV(given["own"].keys[:, :, :T], given["own"].values[:, :, :T])
     out = attend(given["query"], [Segment(own, causal_bias(T))], 1.0)
-    changed = KV(own.keys.at[:, -1].add(9.0), own.values.at[:, -1].add(9.0))
+    changed = KV(own.keys.at[:, :, -1].add(9.0), own.values.at[:, :, -1].add(9.0))
     later = attend(given["query"], [Segment(changed, causal_bias(T))], 1.0)
     np.testing.assert_array_equal(out[:, :-1], later[:, :-1])
     assert float(jnp.abs(out[:, -1] - later[:, -1]).max()) > 1.0
