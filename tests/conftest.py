@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
+from collections.abc import Iterator
+
+import pytest
 
 # The same backend, and so the same bits, on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,3 +29,17 @@ jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # (D,) + (B, T, D) must be written as [None, None, :]: a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_STATUS = pathlib.Path("/proc/self/status")
+_MUCH_MIB = 3072
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten_before_they_fill_the_memory() -> Iterator[None]:
+    """Compiled programs stay in memory as long as they may be called again: those of a whole run are gigabytes."""
+    yield
+    if _STATUS.exists():  # Linux
+        resident = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
+        if int(resident.split()[1]) / 1024 > _MUCH_MIB:
+            jax.clear_caches()
+            gc.collect()
