@@ -190,7 +190,9 @@ class PromptBank:
         logger.info("the prompt bank grows to hold %s; batches are compiled anew", method)
         room = _Room.build(self._backbone, method)
         moved = jax.vmap(lambda tree: move_in(old.room.model.method, tree, method, room.shapes))(old.stack["trainable"])
-        new = {**room.empty(old.size), "trainable": moved, "length": old.stack["length"]}
+        # Copied, for what shares its memory with the old arrays would be lost to their readers when `_put` takes it.
+        kept = jax.tree.map(jnp.copy, {"trainable": moved, "length": old.stack["length"]})
+        new = {**room.empty(old.size), **kept}
         if room.keeps_front:
             for slot in list(self._slots.values()):
                 member = _take(new, np.int32(slot))
@@ -269,7 +271,11 @@ def usable_prompt(backbone: Backbone, prompt: Source, name: str) -> tuple[str, P
         raise UserError(f"a task is named {name!r}; its name must be a text of at least one character")
     where = f"prompt '{name}'"
     if isinstance(prompt, (str, os.PathLike)):
-        where, prompt = str(prompt), load_prompt(prompt, backbone)
+        where = str(prompt)
+        try:
+            prompt = load_prompt(prompt, backbone)
+        except OSError as error:
+            raise UserError(f"{where} cannot be read: {error.strerror}") from error
     elif not isinstance(prompt, Prompt):
         raise UserError(f"{where} is a {type(prompt).__name__}; give a Prompt, or the path of one")
     prompt.check_backbone(backbone, where)

@@ -84,18 +84,7 @@ class ServedTasks:
 
         Raises `UserError` for a prompt that cannot be used; what was served is then served as before.
         """
-        checked = {name: self._checked(name, prompt) for name, prompt in prompts.items()}
-        new: dict[str, Served] = {}
-        with self._loading:
-            try:
-                self._place(checked, new)
-                with self._lock:
-                    old = [self._tasks[name] for name in new if name in self._tasks]
-                    self._tasks = {**self._tasks, **{name: new[name] for name in checked}}
-                    self._retire(old)
-            finally:  # also after an error or an interrupt in the middle
-                with self._lock:
-                    self._retire([served for served in new.values() if self._tasks.get(served.name) is not served])
+        self._publish({name: self._checked(name, prompt) for name, prompt in prompts.items()})
 
     def remove(self, name: str) -> None:
         """Serves a task no more. Raises `UserError` for a name that is not there."""
@@ -139,6 +128,20 @@ class ServedTasks:
         for served in tasks:
             served.retired = True
             served.free()
+
+    def _publish(self, checked: Mapping[str, tuple[Prompt, Reader]]) -> None:
+        """Serves prompts that have been checked: all of them, or after an error none."""
+        new: dict[str, Served] = {}
+        with self._loading:
+            try:
+                self._place(checked, new)
+                with self._lock:
+                    old = [self._tasks[name] for name in new if name in self._tasks]
+                    self._tasks = {**self._tasks, **{name: new[name] for name in checked}}
+                    self._retire(old)
+            finally:  # also after an error or an interrupt in the middle
+                with self._lock:
+                    self._retire([served for served in new.values() if self._tasks.get(served.name) is not served])
 
     def _place(self, checked: Mapping[str, tuple[Prompt, Reader]], new: dict[str, Served]) -> None:
         """Puts prompts into banks and their tasks into `new`, each before its prompt takes a place."""
