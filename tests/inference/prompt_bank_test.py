@@ -176,3 +176,16 @@ def test_what_cannot_be_stacked_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="needs a prompt, or room="):
         PromptBank(backbone)
     assert bank.names == ["dept"]
+
+
+@pytest.mark.parametrize("order", [("off", "on"), ("on", "off")])
+def test_a_scale_of_zero_stays_zero_and_turns_no_other_off(order: tuple[str, str]) -> None:
+    """A scale that differs goes into the factor it multiplies, and nothing can be divided by zero."""
+    prompts = {"off": prompt_of("llama", LoRA(rank=3, alpha=0.0)), "on": prompt_of("llama", LoRA(rank=3))}
+    bank = PromptBank(backbone_of("llama"), {order[0]: prompts[order[0]]})
+    bank.add(order[1], prompts[order[1]])
+    got = logits_of(bank, ("off", "on", "off", "on"))
+    for row, name in enumerate(("off", "on", "off", "on")):
+        own = alone("llama", prompts[name])
+        np.testing.assert_allclose(got[row], own[row], rtol=1e-5, atol=1e-5 * np.abs(own).max())
+    assert not np.allclose(alone("llama", prompts["on"]), alone("llama", prompts["off"]), atol=1e-2)
