@@ -260,7 +260,7 @@ def card_in_bytes(prompt: pathlib.Path) -> None:
         (without_tensors, "is not a saved prompt: it has no prompt.safetensors"),
         (shutil.rmtree, "is not a saved prompt: it has no prompt.json"),
         (broken_card, "prompt.json is not JSON: line 2"),
-        (card_of_a_list, "prompt.json was not written by deptjax, or is damaged"),
+        (card_of_a_list, "prompt.json: it holds a list, expected an object; it was not written by deptjax"),
         (card_in_bytes, "prompt.json was not written by deptjax, or is damaged"),
         (card_without("task"), "prompt.json has no field 'task'"),
         (changed_card(prompt_length=7), "and prompt.json do not belong together: one of them was changed or damaged"),
