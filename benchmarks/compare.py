@@ -27,7 +27,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(ROOT)
 
 from benchmarks import cases, report  # noqa: E402
-from benchmarks.worker import Worker, WorkerError  # noqa: E402
+from benchmarks.worker import WorkerError, built  # noqa: E402
 from deptjax.errors import UserError, nearest  # noqa: E402
 
 Record = dict[str, Any]
@@ -165,23 +165,17 @@ def run(contest: cases.Contest, threads: int, tell: Any) -> Record:
     train the same number of parameters.
     """
     tell("building")
-    workers = [Worker(entrant, threads) for entrant in contest.entrants]
-    try:
-        for worker in workers:
-            worker.send("build", entrant=dataclasses.asdict(worker.entrant), threads=threads)
-        records = [
-            {"name": worker.entrant.name, "spec": dataclasses.asdict(worker.entrant), **worker.answer()}
-            for worker in workers
-        ]
+    with built(contest.entrants, threads) as pairs:
+        records = [record for _, record in pairs]
         check_parameters(records)
-        for worker, record in zip(workers, records, strict=True):
+        for worker, record in pairs:
             tell(f"compiling {worker.entrant.name}")
             record.update(worker.ask("warm"))
             record.update(worker.ask("reset"))
             record.update(seconds=[], cpu_seconds=[], losses=[], others=[], rows=0)
         for number in range(1, contest.rounds + 1):
             tell(f"steps {number}/{contest.rounds}")
-            for worker, record in zip(workers, records, strict=True):
+            for worker, record in pairs:
                 answer = worker.ask("step")
                 if not math.isfinite(answer["loss"]):
                     raise WorkerError(f"{worker.entrant.name}: the loss is {answer['loss']}")
@@ -190,11 +184,8 @@ def run(contest: cases.Contest, threads: int, tell: Any) -> Record:
                 record["others"].append(round(answer["others"], 3))
                 record["losses"].append(round(answer["loss"], 5))
                 record["rows"] += answer["rows"]
-        for worker, record in zip(workers, records, strict=True):
+        for worker, record in pairs:
             record.update(worker.ask("peak"))
-    finally:
-        for worker in workers:
-            worker.close()
     return {
         "section": contest.section,
         "title": contest.title,

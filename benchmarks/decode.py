@@ -11,7 +11,6 @@ tuning, with DePT m=20, and with a task of its own for every row. README.md besi
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 import statistics
 import sys
@@ -23,7 +22,7 @@ if not __package__:  # run as a script
 
 from benchmarks import compare, report  # noqa: E402
 from benchmarks.decode_cases import BATCH, MIXED, NEW_TOKENS, TITLES, Contest, contests  # noqa: E402
-from benchmarks.worker import Worker, WorkerError  # noqa: E402
+from benchmarks.worker import WorkerError, built  # noqa: E402
 from deptjax.errors import UserError  # noqa: E402
 
 Record = dict[str, Any]
@@ -83,28 +82,19 @@ def measure(options: argparse.Namespace) -> Record:
 def run(contest: Contest, threads: int, tell: Any) -> Record:
     """Returns the record of one contest. Raises `WorkerError` when a side fails, or decodes too few tokens."""
     tell("building")
-    workers = [Worker(decoder, threads) for decoder in contest.decoders]
-    try:
-        for worker in workers:
-            worker.send("build", entrant=dataclasses.asdict(worker.entrant), threads=threads)
-        records = [
-            {"name": worker.entrant.name, "spec": dataclasses.asdict(worker.entrant), **worker.answer()}
-            for worker in workers
-        ]
-        for worker, record in zip(workers, records, strict=True):
+    with built(contest.decoders, threads) as pairs:
+        for worker, record in pairs:
             tell(f"compiling {worker.entrant.name}")
             record.update(worker.ask("warm"), seconds=[], others=[])
         for number in range(1, contest.rounds + 1):
             tell(f"batches {number}/{contest.rounds}")
-            for worker, record in zip(workers, records, strict=True):
+            for worker, record in pairs:
                 answer = worker.ask("step")
                 if answer["rows"] != worker.entrant.batch * worker.entrant.new_tokens:
                     raise WorkerError(f"{worker.entrant.name} decoded {answer['rows']} tokens")
                 record["seconds"].append(round(answer["seconds"], 5))
                 record["others"].append(round(answer["others"], 3))
-    finally:
-        for worker in workers:
-            worker.close()
+    records = [record for _, record in pairs]
     return {"model": contest.model, "source": contest.source, "rounds": contest.rounds, "decoders": records}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from benchmarks.cases import Entrant
@@ -105,6 +107,27 @@ class Worker:
         said = lines[-1].strip() if lines else "it wrote nothing"
         hint = " (killed: too little memory?)" if status == -9 else ""
         return f"{self.entrant.name} on {self.entrant.model} ended with status {status}{hint}: {said}"
+
+
+@contextlib.contextmanager
+def built(entrants: Sequence[Entrant | Decoder], threads: int) -> Iterator[list[tuple[Worker, dict[str, Any]]]]:
+    """Yields a worker for each entrant with the record it begins: `name`, `spec`, and what `build` answered.
+
+    All are built at the same time; at the end of the block their processes end. Raises `WorkerError` when one fails.
+    """
+    with contextlib.ExitStack() as stack:
+        workers = [Worker(entrant, threads) for entrant in entrants]
+        for worker in workers:
+            stack.callback(worker.close)
+        for worker in workers:
+            worker.send("build", entrant=dataclasses.asdict(worker.entrant), threads=threads)
+        yield [
+            (
+                worker,
+                {"name": worker.entrant.name, "spec": dataclasses.asdict(worker.entrant), **worker.answer()},
+            )
+            for worker in workers
+        ]
 
 
 def reset_peak() -> bool:
