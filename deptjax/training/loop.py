@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,33 +17,11 @@ from deptjax.checkpoint import Checkpoints
 from deptjax.errors import UserError
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder
+from deptjax.training.signals import StopSignals
 from deptjax.training.state import TrainState
 from deptjax.typing import Tree
 
 QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
-
-
-class StopSignals:
-    """While active, Ctrl-C and SIGTERM ask the loop to stop after its step; a second Ctrl-C ends it at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclasses.dataclass

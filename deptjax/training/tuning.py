@@ -1,0 +1,217 @@
+"""`Tuning`: all that is settled before the first step of one method on one task, for one run or for one of many."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from deptjax.data.buckets import choose_buckets
+from deptjax.data.preprocess import Example, Preprocessor
+from deptjax.data.tasks import Task, TaskData
+from deptjax.data.templates import Row
+from deptjax.errors import UserError
+from deptjax.inference.evaluator import Evaluator
+from deptjax.methods.base import Method, method_to_config
+from deptjax.models.backbone import Backbone
+from deptjax.models.prompted import PromptedModel, check_context
+from deptjax.prompt import Prompt
+from deptjax.sharding import Placement
+from deptjax.training.config import TrainConfig
+from deptjax.training.optim import make_optimizer
+from deptjax.typing import Array, Key, Tree
+
+DEFAULT_MAX_LENGTH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedTask:
+    """A task's rows, and the training and dev ones encoded."""
+
+    data: TaskData
+    preprocessor: Preprocessor
+    examples: list[Example]
+    dev_rows: tuple[Row, ...]
+    dev: list[Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """One method on one task: what is tuned, on what, and how.
+
+    Attributes:
+      backbone: the frozen model.
+      model: the backbone with the method, resolved, in its sites.
+      config: the settings.
+      encoded: the task and its rows.
+      rates: the peak learning rate of each group.
+    """
+
+    backbone: Backbone
+    model: PromptedModel
+    config: TrainConfig
+    encoded: EncodedTask
+    rates: dict[str, float]
+
+    @classmethod
+    def prepare(
+        cls,
+        backbone: Backbone,
+        method: Method,
+        task: Task,
+        config: TrainConfig,
+        encoded: EncodedTask | None = None,
+    ) -> Tuning:
+        """Returns the tuning, everything checked; `encoded` spares reading rows that were read for the same settings.
+
+        Raises `UserError` for data or settings that cannot be used.
+        """
+        model = PromptedModel.build(backbone, method, config.share_prompt)
+        encoded = encode_task(backbone, model.method, task, config) if encoded is None else encoded
+        preprocessor = encoded.preprocessor
+        check_context(backbone, model.method, preprocessor.max_length, preprocessor.longest_target())
+        defaults = model.method.learning_rates(backbone.prompt_lr)
+        config.check_groups(defaults, model.method.kind)
+        return cls(backbone, model, config, encoded, config.learning_rates(defaults))
+
+    @property
+    def task(self) -> Task:
+        """The task, its labels and metrics filled in."""
+        return self.encoded.data.task
+
+    def start(self) -> tuple[Tree, Tree, Key]:
+        """Returns the first `trainable`, `frozen`, and the key of the steps; all follow from the seed."""
+        init_key, step_key = jax.random.split(jax.random.key(self.config.seed))
+        vocabulary = self.backbone.vocabulary(self.task.texts)
+        trainable, frozen = self.model.init(init_key, self.backbone.params, vocabulary)
+        return trainable, frozen, step_key
+
+    def optimizer(self, trainable: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:
+        """Returns the optimiser of a tree like `trainable`; `peaks`, perhaps traced, take the place of `rates`."""
+        return make_optimizer(
+            self.config.schedules(self.rates if peaks is None else peaks),
+            self.model.method.groups(trainable),
+            clip_norm=self.config.clip_norm,
+            weight_decay=self.config.weight_decay,
+            eps=self.config.adam_eps,
+            accumulate=self.config.accumulate,
+        )
+
+    @functools.cached_property
+    def label_tokens(self) -> Array | None:
+        """The labels' tokens (C,) when the loss is over these alone. Raises `UserError` where that cannot be."""
+        loss, preprocessor = self.config.loss, self.encoded.preprocessor
+        if loss == "vocabulary" or (loss == "auto" and not preprocessor.labels_are_tokens()):
+            return None
+        return jnp.asarray(preprocessor.label_tokens())
+
+    @functools.cached_property
+    def buckets(self) -> tuple[int, ...]:
+        """The source lengths that training batches are padded to."""
+        lengths = [len(example.source) for example in self.encoded.examples]
+        return choose_buckets(lengths, self.config.buckets, max_length=self.encoded.preprocessor.max_length)
+
+    def evaluator(self, placement: Placement) -> Evaluator:
+        """Returns what answers the dev split."""
+        preprocessor, dev = self.encoded.preprocessor, [len(example.source) for example in self.encoded.dev]
+        own = choose_buckets(dev, self.config.buckets, max_length=preprocessor.max_length) if dev else ()
+        return Evaluator(
+            self.model,
+            preprocessor,
+            mode=self.config.evaluation,
+            batch_size=self.config.eval_batch_size,
+            buckets=sorted({*self.buckets, *own}),
+            placement=placement if self.config.eval_batch_size % placement.mesh.size == 0 else None,
+        )
+
+    def evaluate(self, evaluator: Evaluator, trainable: Tree, frozen: Tree) -> dict[str, float]:
+        """Returns the dev metrics, the one that selects the best prompt first; NaN where the numbers have blown up."""
+        answers = evaluator.answers(trainable, frozen, self.encoded.dev)
+        scores = self.task.score([answer.text for answer in answers], self.encoded.dev_rows)
+        broken = any(math.isnan(value) for answer in answers for value in (answer.scores or {}).values())
+        if broken or not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(trainable)):
+            scores = dict.fromkeys(scores, math.nan)  # a parameter has blown up: what was answered means nothing
+        return {f"dev/{name}": score for name, score in scores.items()}
+
+    def prompt(self, trainable: Tree, metrics: dict[str, float]) -> Prompt:
+        """Returns what is saved."""
+        return Prompt(
+            method=self.model.method,
+            trainable=jax.device_get(trainable),
+            backbone=self.backbone.name,
+            fingerprint=self.backbone.fingerprint,
+            task=self.task.to_config(),
+            metrics=metrics,
+            settings={"max_length": self.encoded.preprocessor.max_length, "evaluation": self.config.evaluation},
+        )
+
+    def identity(self, placement: Placement) -> dict[str, Any]:
+        """Returns all that decides the result: a run is resumed only with the same."""
+        return {
+            "backbone": {
+                "name": self.backbone.name,
+                **self.backbone.fingerprint,
+                "dtype": self.backbone.config.dtype,
+            },
+            "method": method_to_config(self.model.method),
+            "task": self.task.to_config(),
+            "data": {"train": _data_digest(self.encoded.examples), "dev": _data_digest(self.encoded.dev)},
+            "learning_rates": self.rates,
+            "train": dataclasses.asdict(self.config),
+            "devices": placement.mesh.size,
+        }
+
+
+def encode_task(backbone: Backbone, method: Method, task: Task, config: TrainConfig) -> EncodedTask:
+    """Returns the rows of a task, encoded as `method` on `backbone` takes them.
+
+    Raises `UserError` for rows that are wrong, and for a task without any.
+    """
+    data = task.load()
+    preprocessor = make_preprocessor(backbone, method, data.task, config)
+    dev_rows = data.dev[: config.eval_examples]
+    examples, dev = preprocessor.encode_all(data.train), preprocessor.encode_all(dev_rows)
+    if not examples:
+        raise UserError(f"task '{data.task.name}' has no training rows")
+    return EncodedTask(data, preprocessor, examples, dev_rows, dev)
+
+
+def make_preprocessor(backbone: Backbone, method: Method, task: Task, config: TrainConfig) -> Preprocessor:
+    """Returns the preprocessor of a run: the source limit is the method's, the user's, or 256 tokens."""
+    limit = method.source_limit()
+    length = config.max_length or limit or DEFAULT_MAX_LENGTH
+    if limit is not None and length > limit:
+        raise UserError(f"max_length {length} is more than the {limit} of the method; raise the method's max_length")
+    return Preprocessor(
+        backbone.tokenizer,
+        task,
+        causal=not backbone.config.is_encoder_decoder,
+        max_length=length,
+        on_too_long=config.on_too_long,
+    )
+
+
+def padded_labels(label_tokens: Sequence[Array]) -> tuple[Array, Array]:
+    """Returns the label tokens of several tasks as (K, C) int32, and which of them are real, (K, C) bool."""
+    most = max(map(len, label_tokens))
+    tokens, real = np.zeros((len(label_tokens), most), np.int32), np.zeros((len(label_tokens), most), bool)
+    for row, own in enumerate(label_tokens):
+        tokens[row, : len(own)], real[row, : len(own)] = own, True
+    return jnp.asarray(tokens), jnp.asarray(real)
+
+
+def _data_digest(examples: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        for part in (example.source, example.target, np.asarray(example.label)):
+            digest.update(np.ascontiguousarray(part).tobytes())
+            digest.update(b"|")
+    return f"{len(examples)} rows {digest.hexdigest()[:12]}"
