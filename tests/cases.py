@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from deptjax.inference.rows import Rows
 from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
+from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama, tiny_t5
 from deptjax.training.optim import make_optimizer
 from deptjax.training.state import TrainState
@@ -78,6 +79,17 @@ class Case:
         groups = self.model.method.groups(self.trainable)
         used = {name: (lambda step, rate=RATES[name]: rate) for name in set(jax.tree.leaves(groups))}
         return make_optimizer(used, groups)
+
+    def prompt(self, task: Mapping[str, Any] | None = None, max_length: int = MAX_LENGTH) -> Prompt:
+        """The moved parameters as a run leaves them, for a task's configuration or for one of bare texts."""
+        return Prompt(
+            method=self.model.method,
+            trainable=jax.device_get(self.moved),
+            backbone=self.backbone.name,
+            fingerprint=self.backbone.fingerprint,
+            task={"name": "x", "input": "{x}"} if task is None else dict(task),
+            settings={"max_length": max_length, "evaluation": "auto"},
+        )
 
     def state(self) -> TrainState:
         """A fresh state at the first parameters; a copy, since a step takes the memory of its state."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import pathlib
 import re
@@ -21,9 +20,9 @@ import pytest
 
 from deptjax import quickstart
 from deptjax.cli.main import main
-from deptjax.cli.setup import NOISY
 from deptjax.data.packaged_sets import TREC6
 from deptjax.testing import tiny_llama
+from tests.logs import logging_as_before
 from tests.tiny_folders import save_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -38,15 +37,10 @@ TRAINABLE = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Takes back what an entry point does to loggers, on which other tests listen."""
-    levels = {name: logging.getLogger(name).level for name in NOISY}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    logger = logging.getLogger("deptjax")
-    logger.propagate = True
-    logger.handlers.clear()
+def quiet_afterwards() -> Iterator[None]:
+    """Leaves no trace of an entry point in the loggers."""
+    with logging_as_before():
+        yield
 
 
 @pytest.fixture(scope="module")

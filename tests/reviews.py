@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from deptjax.data.sources import MemorySource
 from deptjax.data.tasks import Task
+from deptjax.prompt import Prompt
+from tests.cases import Case
 
 WORDS = {"positive": ("good", "great", "fine", "bright", "happy"), "negative": ("bad", "awful", "dull", "sad")}
 FILLER = "a the film story plot actor scene ending is was very it this that and".split()
@@ -28,3 +32,8 @@ def review_task(train: int = 48, dev: int = 16, **fields: object) -> Task:
     source = MemorySource(review_rows(train), review_rows(dev, seed=1), review_rows(dev, seed=2))
     settings = {"input": "text : {text}\nlabel :", "target": "{label}", "labels": ("negative", "positive")}
     return Task(name="reviews", source=source, **{**settings, **fields})
+
+
+def review_prompt(case: Case, max_length: int = 13, **fields: object) -> Prompt:
+    """Returns a case's moved parameters as a prompt for the task, without its rows."""
+    return case.prompt(dataclasses.replace(review_task(**fields), source=None).to_config(), max_length)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,8 +10,8 @@ from typing import NamedTuple
 import pytest
 
 from deptjax.cli.main import main
-from deptjax.cli.setup import NOISY
 from tests.cli.folders import save_llama
+from tests.logs import logging_as_before
 
 TEMPLATE = r"{text}\nlabel :"
 
@@ -39,15 +38,10 @@ Command = Callable[..., Ended]
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Takes back what an entry point does to loggers, on which other tests listen."""
-    levels = {name: logging.getLogger(name).level for name in NOISY}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    logger = logging.getLogger("deptjax")
-    logger.propagate = True
-    logger.handlers.clear()
+def quiet_afterwards() -> Iterator[None]:
+    """Leaves no trace of an entry point in the loggers."""
+    with logging_as_before():
+        yield
 
 
 @pytest.fixture

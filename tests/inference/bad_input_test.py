@@ -25,22 +25,14 @@ from deptjax.methods import DePT
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
 from tests.cases import backbone_of, case_of, make_case
-from tests.reviews import review_rows, review_task
+from tests.reviews import review_prompt, review_rows, review_task
 
 TEXTS = [row["text"] for row in review_rows(3, seed=5)]
 Change = Callable[[dict[str, Any]], object]
 
 
 def prompt_of(method: str, **fields: object) -> Prompt:
-    case = case_of("llama", method)
-    return Prompt(
-        method=case.model.method,
-        trainable=jax.device_get(case.moved),
-        backbone=case.backbone.name,
-        fingerprint=case.backbone.fingerprint,
-        task=dataclasses.replace(review_task(**fields), source=None).to_config(),
-        settings={"max_length": 13, "evaluation": "auto"},
-    )
+    return review_prompt(case_of("llama", method), **fields)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +16,14 @@ from deptjax.errors import UserError
 from deptjax.models.backbone import Backbone
 from deptjax.prompt import Prompt
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
-from tests.cases import METHODS, make_case
+from tests.cases import METHODS, Case, make_case
 
 TEXTS = ["a film", "the plot was very very bad", "good story ? yes , it is fine"]
 
 
-def prompt_of(case: Any, template: str = "{text} label :", labels: tuple[str, ...] = ()) -> Prompt:
+def prompt_of(case: Case, template: str = "{text} label :") -> Prompt:
     """Returns a case's moved parameters as a prompt of free text."""
-    task = deptjax.Task("t", None, template, labels=labels, max_target_length=9)
-    backbone = case.backbone
-    made = Prompt(case.model.method, jax.device_get(case.moved), backbone.name, backbone.fingerprint, task.to_config())
-    return dataclasses.replace(made, settings={"max_length": 13})
+    return case.prompt(deptjax.Task("t", None, template, labels=(), max_target_length=9).to_config())
 
 
 def our_answer(backbone: Backbone, prompt: Prompt, text: str) -> str:

@@ -17,11 +17,10 @@ from deptjax.inference.answers import Answer
 from deptjax.inference.decoding import Decoding
 from deptjax.inference.predictor import Predictor
 from deptjax.methods import DePT
-from deptjax.models.backbone import Backbone
 from deptjax.prompt import Prompt
 from deptjax.testing import WORDS, tiny_llama, tiny_t5
-from tests.cases import backbone_of, case_of, make_case
-from tests.reviews import review_task
+from tests.cases import Case, backbone_of, case_of, make_case
+from tests.reviews import review_prompt
 
 # Of one length, so that each way of answering is one program.
 TEXTS = [f"the film is {word} and {other}" for word in ("good", "very", "dull") for other in ("sad", "happy")]
@@ -32,17 +31,12 @@ FREE = {"labels": (), "target": "the film is {label}", "max_target_length": 4}
 
 
 @functools.cache
-def trained(family: str, method: DePT) -> tuple[DePT, object]:
-    case = make_case(backbone_of(family), method)
-    return case.model.method, jax.device_get(case.moved)
+def trained(family: str, method: DePT) -> Case:
+    return make_case(backbone_of(family), method)
 
 
-def prompt_of(family: str, method: DePT = DEPT, backbone: Backbone | None = None, **fields: object) -> Prompt:
-    backbone = backbone or backbone_of(family)
-    resolved, trainable = trained(family, method)
-    task = dataclasses.replace(review_task(**fields), source=None).to_config()
-    settings = {"max_length": method.max_length, "evaluation": "auto"}
-    return Prompt(resolved, trainable, backbone.name, backbone.fingerprint, task, settings=settings)
+def prompt_of(family: str, method: DePT = DEPT, **fields: object) -> Prompt:
+    return review_prompt(trained(family, method), method.max_length, **fields)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -147,9 +141,7 @@ def answers_on_other_devices() -> None:
     assert jax.device_count() == 2
     mesh = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec())
     for family in ("llama", "t5"):
-        case = case_of(family, "lora")
-        lora = dataclasses.replace(prompt_of(family), method=case.model.method, trainable=jax.device_get(case.moved))
-        prompts = {"two": prompt_of(family), "lora": lora}
+        prompts = {"two": prompt_of(family), "lora": review_prompt(case_of(family, "lora"))}
         wanted: list[Answer] = []
         for place in (jax.devices()[0], jax.devices()[1], mesh):
             backbone = dataclasses.replace(

@@ -6,7 +6,6 @@ import dataclasses
 import pathlib
 import threading
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,22 +17,13 @@ from deptjax.methods import DePT, ZeroShot
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
 from tests.cases import backbone_of, case_of, make_case, padded
-from tests.reviews import review_rows, review_task
+from tests.reviews import review_prompt, review_rows, review_task
 
 TEXTS = [row["text"] for row in review_rows(9, seed=4)]
 
 
 def prompt_of(method: str, family: str = "llama", **fields: object) -> Prompt:
-    case = case_of(family, method)
-    task = dataclasses.replace(review_task(**fields), source=None)
-    return Prompt(
-        method=case.model.method,
-        trainable=jax.device_get(case.moved),
-        backbone=case.backbone.name,
-        fingerprint=case.backbone.fingerprint,
-        task=task.to_config(),
-        settings={"max_length": 13, "evaluation": "auto"},
-    )
+    return review_prompt(case_of(family, method), **fields)
 
 
 def test_several_prompts_on_one_backbone(tmp_path: pathlib.Path) -> None:
@@ -104,10 +94,7 @@ TOPICS = {"labels": ("red", "green", "blue"), "verbalizers": {"red": "red film",
 
 
 def sized(size: str, family: str, **fields: object) -> Prompt:
-    case = make_case(backbone_of(family), SIZES[size])
-    return dataclasses.replace(
-        prompt_of("dept", family, **fields), method=case.model.method, trainable=jax.device_get(case.moved)
-    )
+    return review_prompt(make_case(backbone_of(family), SIZES[size]), **fields)
 
 
 def mixed_prompts(family: str) -> dict[str, Prompt]:

@@ -33,9 +33,7 @@ start = jax.jit(start_rows, static_argnums=(0, 5))
 
 
 def prompt_of(family: str, method: Method, scan: bool = False) -> Prompt:
-    case = make_case(backbone_of(family, scan), method)
-    backbone = case.backbone
-    return Prompt(case.model.method, jax.device_get(case.moved), backbone.name, backbone.fingerprint, {"name": "x"})
+    return make_case(backbone_of(family, scan), method).prompt()
 
 
 def logits_of(bank: PromptBank, names: tuple[str, ...], length: int = 8) -> np.ndarray:

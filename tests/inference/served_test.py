@@ -21,7 +21,7 @@ from deptjax.inference.rows import start_rows
 from deptjax.methods import DePT
 from deptjax.prompt import Prompt
 from tests.cases import backbone_of, make_case, padded, rows_of
-from tests.reviews import review_rows, review_task
+from tests.reviews import review_prompt, review_rows
 
 TEXTS = [row["text"] for row in review_rows(6, seed=4)]
 SMALL = DePT(prompt_length=2, rank=2, max_length=13, prompt_init="vocab")
@@ -31,15 +31,7 @@ start = jax.jit(start_rows, static_argnums=(0, 5))
 
 
 def prompt_of(method: DePT, family: str = "llama", **fields: object) -> Prompt:
-    case = make_case(backbone_of(family), method)
-    return Prompt(
-        method=case.model.method,
-        trainable=jax.device_get(case.moved),
-        backbone=case.backbone.name,
-        fingerprint=case.backbone.fingerprint,
-        task=dataclasses.replace(review_task(**fields), source=None).to_config(),
-        settings={"max_length": 13, "evaluation": "auto"},
-    )
+    return review_prompt(make_case(backbone_of(family), method), **fields)
 
 
 PROMPTS = {

@@ -15,8 +15,6 @@ import torch
 from deptjax.errors import UserError
 from deptjax.interop.prompts import export_prompt, load_prompt
 from deptjax.methods import DePT
-from deptjax.models.backbone import Backbone
-from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama, tiny_t5
 from tests.cases import METHODS, make_case, some_batch
 
@@ -98,7 +96,7 @@ def test_without_its_low_rank_pair_it_is_prompt_tuning(tmp_path: Path, caplog: p
 def test_what_is_written_is_whole_and_comes_back(scaling: str | float, tmp_path: Path) -> None:
     method = DePT(prompt_length=M, rank=R, max_length=X, prompt_init="vocab", scaling=scaling)
     case = make_case(tiny_t5(), method)
-    prompt = prompt_of(case.backbone, case)
+    prompt = case.prompt()
     folder = export_prompt(prompt, case.backbone, tmp_path / "dept", "dept")
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.bin"]
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -120,22 +118,11 @@ def test_what_is_written_is_whole_and_comes_back(scaling: str | float, tmp_path:
     )
 
 
-def prompt_of(backbone: Backbone, case: Any) -> Prompt:
-    """Returns a case's moved parameters as a prompt."""
-    return Prompt(
-        case.model.method,
-        jax.device_get(case.moved),
-        backbone.name,
-        backbone.fingerprint,
-        {"name": "t", "input": "{x}"},
-    )
-
-
 def test_other_methods_are_refused(tmp_path: Path) -> None:
     for name in ("prompt_tuning", "lora"):
         case = make_case(tiny_llama(), METHODS[name])
         with pytest.raises(UserError, match=f"holds a prompt with a low-rank pair, not '{name}'; use peft"):
-            export_prompt(prompt_of(case.backbone, case), case.backbone, tmp_path / "x", "dept")
+            export_prompt(case.prompt(), case.backbone, tmp_path / "x", "dept")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_what_is_tuned_here_has_our_logits_in_peft(family: str, method: str, tmp
 
     backbone = {"llama": tiny_llama, "t5": tiny_t5}[family]()
     case = make_case(backbone, METHODS[method])
-    prompt = tuned(case)
+    prompt = case.prompt()
     auto = {"llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}[family]
     data = {key: np.asarray(value) for key, value in some_batch().items()}
     wanted = np.asarray(case.logits(case.moved, case.frozen, some_batch()))
@@ -100,18 +100,6 @@ def test_what_is_tuned_here_has_our_logits_in_peft(family: str, method: str, tmp
     again = load_prompt(tmp_path / "adapter", backbone)
     jax.tree.map(  # keys are turned and turned back
         lambda got, want: np.testing.assert_allclose(got, want, rtol=0, atol=1e-6), again.trainable, prompt.trainable
-    )
-
-
-def tuned(case: Any) -> Prompt:
-    """Returns a case's moved parameters as a prompt."""
-    backbone = case.backbone
-    return Prompt(
-        case.model.method,
-        jax.device_get(case.moved),
-        backbone.name,
-        backbone.fingerprint,
-        {"name": "t", "input": "{x}"},
     )
 
 
@@ -157,7 +145,7 @@ def test_targets_are_the_last_words_where_these_are_enough(tmp_path: Path) -> No
         ("encoder/mlp/wi", [f"encoder.block.{i}.layer.1.DenseReluDense.wi" for i in range(2)]),
     ]:
         case = make_case(backbone, deptjax.LoRA(rank=2, targets=targets))
-        folder = export_prompt(tuned(case), backbone, tmp_path / wanted[0], "peft")
+        folder = export_prompt(case.prompt(), backbone, tmp_path / wanted[0], "peft")
         assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == wanted
 
 
@@ -258,11 +246,11 @@ def test_prefixes_on_t5_are_refused(tmp_path: Path) -> None:
         load_prompt(folder, tiny_t5())
     case = make_case(tiny_t5(), METHODS["prefix_tuning"])
     with pytest.raises(UserError, match="'peft_type' is \"PREFIX_TUNING\": on T5 peft adds a relative position bias"):
-        export_prompt(tuned(case), case.backbone, tmp_path / "y", "peft")
+        export_prompt(case.prompt(), case.backbone, tmp_path / "y", "peft")
 
 
 def test_a_method_that_peft_has_not_is_refused(tmp_path: Path) -> None:
     case = make_case(tiny_llama(), METHODS["dept"])
     with pytest.raises(UserError, match="peft has no method 'dept'; it takes prompt_tuning, "):
-        export_prompt(tuned(case), case.backbone, tmp_path / "x", "peft")
+        export_prompt(case.prompt(), case.backbone, tmp_path / "x", "peft")
     assert not list(tmp_path.iterdir())

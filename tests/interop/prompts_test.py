@@ -31,15 +31,7 @@ WIDTH = 24
 
 def prompt_of(method: str, scan: bool = False) -> Prompt:
     """Returns the moved parameters of a method on the tiny LLaMA."""
-    case = case_of("llama", method, scan)
-    return Prompt(
-        case.model.method,
-        jax.device_get(case.moved),
-        case.backbone.name,
-        case.backbone.fingerprint,
-        {"name": "films", "input": "{review}"},
-        settings={"max_length": 13},
-    )
+    return case_of("llama", method, scan).prompt({"name": "films", "input": "{review}"})
 
 
 def llama() -> Backbone:

@@ -81,9 +81,7 @@ def test_steps_move_all_labelled_leaves_and_nothing_else(case: Case) -> None:
 
 
 def test_saved_and_loaded_is_the_same_bit_for_bit(case: Case, tmp_path: pathlib.Path) -> None:
-    prompt = Prompt(
-        case.model.method, jax.device_get(case.moved), case.backbone.name, case.backbone.fingerprint, {"name": "t"}
-    )
+    prompt = case.prompt()
     prompt.save(tmp_path / "prompt")
     loaded = Prompt.load(tmp_path / "prompt")
     assert loaded.method == case.model.method
