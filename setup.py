@@ -47,6 +47,8 @@ CORE = [
     "tqdm>=4.66",
 ]
 TORCH = ["torch>=2.6", "peft>=0.17", "accelerate>=1.0"]
+DATASETS = ["datasets>=4.0"]
+TFDS = ["tensorflow-datasets>=4.9.7", "array-record>=0.5"]  # reads array_record files; TFRecord needs tensorflow beside
 PLOT = ["matplotlib>=3.9"]
 NOTEBOOKS = [*PLOT, "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 
@@ -55,6 +57,9 @@ EXTRAS = {
     "gpu13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "torch": TORCH,
+    "datasets": DATASETS,
+    "tfds": TFDS,
+    "seqio": ["seqio>=0.0.19"],  # brings TensorFlow, about 2 GB
     "plot": PLOT,
     "notebooks": NOTEBOOKS,
     "dev": [
@@ -66,6 +71,8 @@ EXTRAS = {
         # The oracle of the parity tests, pinned so that a golden can be made again from the same code.
         "torch==2.13.0",
         *TORCH[1:],
+        *DATASETS,
+        *TFDS,
         *NOTEBOOKS,
     ],
 }

@@ -36,6 +36,7 @@ KNOW_NO_METHOD = ("data", "interop", "checkpoint", "sharding")
 ENTRY_POINTS = ("cli", "train", "evaluate", "predict", "export", "import_", "quickstart")
 FLAGS = ("gin", "argparse", "absl.flags", "absl.app")
 LATE = ("interop", "testing")  # formats, tokenizers, and the tiny tokenizer of the tests
+OPTIONAL = {"datasets", "seqio", "tensorflow", "tensorflow_datasets"}  # extras: a user may not have them
 HEAVY = {"torch", "transformers", "gguf", "huggingface_hub", "tensorstore"}
 MAX_LINES = 500
 
@@ -197,6 +198,15 @@ def test_heavy_libraries_are_imported_late_and_in_interop_only() -> None:
             if not is_in(room(path), LATE):
                 wrong.append(at(path, line, f"imports {name} outside deptjax/interop"))
             elif line not in inside_functions(path):
+                wrong.append(at(path, line, f"imports {name} when the module is loaded; move it into a function"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_libraries_of_extras_are_imported_when_used() -> None:
+    wrong = []
+    for path in FILES:
+        for line, name in imports(path):
+            if name.split(".")[0] in OPTIONAL and line not in inside_functions(path):
                 wrong.append(at(path, line, f"imports {name} when the module is loaded; move it into a function"))
     assert not wrong, "\n".join(wrong)
 

@@ -153,6 +153,36 @@ def _count(size: float, total: int, field: str) -> int:
     return int(size) if size >= 1 or size == 0 else max(1, round(size * total))
 
 
+def given_or_drawn(
+    train: tuple[Row, ...],
+    dev: tuple[Row, ...] | None,
+    test: tuple[Row, ...] | None,
+    text_of: TextOf,
+    *,
+    dev_size: float,
+    test_size: float,
+    seed: int,
+    name: str,
+) -> Splits:
+    """Returns the splits that were given, and those that are None drawn from `train` by `draw_splits`.
+
+    Nothing is drawn that a given split holds. Rows of `train` that are also in a given split stay, and their number is
+    logged: a split that somebody else made is left as it is.
+    """
+    held_out = frozenset(normalized(text_of(row)) for part in (dev, test) if part for row in part)
+    shared = sum(normalized(text_of(row)) in held_out for row in train)
+    if shared:
+        logger.warning("%s: %d of %d rows are also in dev or test", name, shared, len(train))
+    dev_size = 0 if dev is not None else dev_size
+    test_size = 0 if test is not None else test_size
+    if dev_size == 0 and test_size == 0:
+        return Splits(train, dev or (), test or ())
+    drawn = draw_splits(
+        train, text_of, dev_size=dev_size, test_size=test_size, seed=seed, keep_in_train=held_out, name=name
+    )
+    return Splits(drawn.train, dev or drawn.dev, test or drawn.test)
+
+
 @dataclasses.dataclass(frozen=True)
 class FileSource:
     """Rows in the user's files: JSON lines, CSV, TSV or Parquet.
@@ -188,29 +218,16 @@ class FileSource:
 
     def splits(self, text_of: TextOf) -> Splits:
         """Returns the rows of the files; every row has been rendered by `text_of`, so every source text is valid."""
-        given = {
-            name: self._read(path) for name in ("train", "dev", "test") if (path := getattr(self, name)) is not None
-        }
-        texts = {name: {normalized(text_of(row)) for row in rows} for name, rows in given.items()}
-        train, dev, test = given["train"], given.get("dev", ()), given.get("test", ())
-        held_out = texts.get("dev", set()) | texts.get("test", set())
-        shared = sum(normalized(text_of(row)) in held_out for row in train) if held_out else 0
-        if shared:
-            logger.warning("%s: %d of %d rows are also in the dev or test file", self.train, shared, len(train))
-        dev_size = 0 if self.dev is not None else self.dev_size
-        test_size = 0 if self.test is not None else self.test_size
-        if dev_size == 0 and test_size == 0:
-            return Splits(train, dev, test)
-        drawn = draw_splits(
-            train,
+        return given_or_drawn(
+            self._read(self.train),
+            None if self.dev is None else self._read(self.dev),
+            None if self.test is None else self._read(self.test),
             text_of,
-            dev_size=dev_size,
-            test_size=test_size,
+            dev_size=self.dev_size,
+            test_size=self.test_size,
             seed=self.seed,
-            keep_in_train=frozenset(held_out),
             name=self.train,
         )
-        return Splits(drawn.train, dev or drawn.dev, test or drawn.test)
 
     def _read(self, path: str) -> tuple[Row, ...]:
         return read_rows(path, format=self.format, encoding=self.encoding, quotes=self.quotes)
@@ -246,21 +263,16 @@ class MemorySource:
 
     def splits(self, text_of: TextOf) -> Splits:
         """Returns the rows given, with dev and test drawn from train where they were not given."""
-        given = frozenset(normalized(text_of(row)) for part in (self._dev, self._test) if part for row in part)
-        dev_size = 0 if self._dev is not None else self._dev_size
-        test_size = 0 if self._test is not None else self._test_size
-        drawn = Splits(self._train, (), ())
-        if dev_size or test_size:
-            drawn = draw_splits(
-                self._train,
-                text_of,
-                dev_size=dev_size,
-                test_size=test_size,
-                seed=self._seed,
-                keep_in_train=given,
-                name="train",
-            )
-        return Splits(drawn.train, self._dev or drawn.dev, self._test or drawn.test)
+        return given_or_drawn(
+            self._train,
+            self._dev,
+            self._test,
+            text_of,
+            dev_size=self._dev_size,
+            test_size=self._test_size,
+            seed=self._seed,
+            name="train",
+        )
 
     def to_config(self) -> None:
         """Returns None: the rows stay with the caller."""

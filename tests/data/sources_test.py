@@ -65,7 +65,7 @@ def test_given_files_are_kept_and_nothing_of_them_is_drawn(tmp_path, caplog):
     assert len(splits.test) == 36
     assert len(splits.train) == 4
     assert not texts(splits.dev) & texts(splits.test)
-    assert "1 of 40 rows are also in the dev or test file" in caplog.text
+    assert "1 of 40 rows are also in dev or test" in caplog.text
 
 
 def test_all_files_given(tmp_path):
