@@ -17,7 +17,8 @@ from deptjax.cli.lines import Lines
 from deptjax.data.tasks import Task
 from deptjax.data.templates import Row
 from deptjax.errors import UserError
-from deptjax.inference.embeddings import Text, embedder
+from deptjax.inference.embeddings import embedder
+from deptjax.inference.inputs import Text
 from deptjax.interop.array_files import array_bytes
 from deptjax.interop.prompts import check_free, write_file
 from deptjax.interop.torch_files import torch_bytes
@@ -60,7 +61,7 @@ def write_embeddings(
         if not path.absolute().parent.is_dir():
             raise UserError(f"--output {output}: there is no folder {path.parent}; make it first")
     embed = embedder(backbone, prompt)
-    embedded = map(embed, rows)
+    embedded = embed(rows)
     if path is None or path.suffix not in _ARRAYS:
         with _lines(path) as file:
             count = 0

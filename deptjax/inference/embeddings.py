@@ -7,72 +7,58 @@ of the changed embeddings (T, D) of the text. So any server that runs the frozen
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deptjax.data.preprocess import Preprocessor
-from deptjax.data.tasks import Task
-from deptjax.data.templates import Row
 from deptjax.errors import UserError
+from deptjax.inference.inputs import Text, preprocessor_of, source_text, text_list, text_origin
+from deptjax.inference.prompt_bank import Source, usable_prompt
 from deptjax.models.backbone import Backbone
-from deptjax.prompt import Prompt
 
 logger = logging.getLogger(__name__)
 
-Text = str | Mapping[str, object] | Row
 
-
-def input_embeddings(
-    backbone: Backbone, prompt: Prompt | str | os.PathLike[str], texts: Sequence[Text]
-) -> list[np.ndarray]:
+def input_embeddings(backbone: Backbone, prompt: Source, texts: Iterable[Text]) -> list[np.ndarray]:
     """Returns for each text what the blocks of the backbone are fed: (M + T, D) in the dtype of the computation.
 
     Args:
       backbone: the one the prompt was tuned on; on an encoder-decoder these are the encoder's inputs.
-      prompt: a `Prompt`, or its folder.
+      prompt: a `Prompt`, or the path of one in any format that `load_prompt` knows.
       texts: bare texts, where the task's template has one column, or objects with its columns. They are filled into
         the template, tokenised and cut as in training.
 
     Raises:
       UserError: for a prompt of another backbone, a method that acts elsewhere than on the input, or an empty text.
     """
-    if isinstance(texts, str):
-        raise UserError("input_embeddings takes a list of texts, not one text: write [text]")
-    embed = embedder(backbone, prompt if isinstance(prompt, Prompt) else Prompt.load(prompt))
-    embedded = []
-    for number, text in enumerate(texts, 1):
-        try:
-            embedded.append(embed(text)[1])
-        except UserError as error:
-            raise UserError(str(error) if isinstance(text, Row) else f"text {number}: {error}") from None
-    return embedded
+    embed = embedder(backbone, prompt)
+    return [embeds for _, embeds in embed(text_list(texts))]
 
 
-def embedder(backbone: Backbone, prompt: Prompt) -> Callable[[Text], tuple[str, np.ndarray]]:
-    """Returns a function from a text to the filled template and its input embeddings (M + T, D).
+def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], Iterator[tuple[str, np.ndarray]]]:
+    """Returns a function that yields of each text the filled template and its input embeddings (M + T, D).
 
     Raises `UserError` as `input_embeddings` does.
     """
-    prompt.check_backbone(backbone)
-    sites, method = prompt.method.sites(), prompt.method
+    where, usable = usable_prompt(backbone, prompt, "prompt")
+    sites, method = usable.method.sites(), usable.method
     if sites.input is None or sites.linear or sites.attention or sites.residual or method.tunes_backbone:
         raise UserError(
             f"method '{method.kind}' acts inside the backbone, not on its input alone, so no embeddings can stand for "
             "it; use a prompt of dept or prompt_tuning"
         )
-    task = Task.from_config({**prompt.task, "source": None})
-    causal = not backbone.config.is_encoder_decoder
-    preprocessor = Preprocessor(backbone.tokenizer, task, causal=causal, max_length=prompt.settings["max_length"])
+    try:
+        preprocessor = preprocessor_of(backbone, usable)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     module = backbone.module()
-    trainable = jax.tree.map(jnp.asarray, prompt.trainable["input"])
+    trainable = jax.tree.map(jnp.asarray, usable.trainable["input"])
 
-    def embed(text: Text) -> tuple[str, np.ndarray]:
-        filled, cut = task.source_text(text), preprocessor.cut_count
-        tokens = preprocessor.encode_text(filled)
+    def embed(text: Text, origin: str) -> tuple[str, np.ndarray]:
+        filled, cut = source_text(preprocessor.task, text, origin), preprocessor.cut_count
+        (tokens,) = preprocessor.encode_texts([filled], [origin])
         if cut == 0 and preprocessor.cut_count:
             logger.warning("texts of more than %d tokens, the prompt's max_length, are cut", preprocessor.max_length)
         embeds = module.apply({"params": backbone.params}, jnp.asarray(tokens)[None], method="embed")
@@ -81,4 +67,4 @@ def embedder(backbone: Backbone, prompt: Prompt) -> Callable[[Text], tuple[str, 
             return filled, np.asarray(embeds[0])
         return filled, np.concatenate([np.asarray(vectors).reshape(-1, backbone.width), np.asarray(embeds[0])])
 
-    return embed
+    return lambda texts: (embed(text, text_origin(text, number)) for number, text in enumerate(texts, 1))

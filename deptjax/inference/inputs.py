@@ -1,12 +1,15 @@
-"""What is given to a `Predictor`, checked before anything is computed: texts, names of tasks, continuations."""
+"""What is given for an answer, checked before anything is computed: texts, names of tasks, continuations, settings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from deptjax.data.preprocess import Preprocessor
 from deptjax.data.tasks import Task
 from deptjax.data.templates import Row
 from deptjax.errors import UserError
+from deptjax.models.backbone import Backbone
+from deptjax.prompt import Prompt
 
 Text = str | Mapping[str, object] | Row
 
@@ -18,13 +21,13 @@ def text_list(texts: Iterable[Text]) -> list[Text]:
     """
     given = type(texts).__name__
     if isinstance(texts, (str, bytes, bytearray, Mapping, Row)):
-        raise UserError(f"a Predictor takes a list of texts, not one {given}: write predict([text])")
+        raise UserError(f"texts must be a list of texts, not one {given}: write [text]")
     if isinstance(texts, (set, frozenset)):
-        raise UserError(f"a Predictor takes a list of texts, not a {given}, which has no order for the answers")
+        raise UserError(f"texts must be a list of texts, not a {given}, which has no order for the answers")
     try:
         each = iter(texts)
     except TypeError:
-        raise UserError(f"a Predictor takes a list of texts, not {given}: write predict([text])") from None
+        raise UserError(f"texts must be a list of texts, not {given}: write [text]") from None
     found = list(each)
     for number, text in enumerate(found, 1):
         if not isinstance(text, (str, Mapping, Row)):
@@ -85,3 +88,25 @@ def source_text(task: Task, text: Text, where: str) -> str:
     except UserError as error:
         told = str(error)
         raise UserError(told if told.startswith(where) else f"{where}: {told}") from None
+
+
+def preprocessor_of(backbone: Backbone, prompt: Prompt, on_too_long: str = "cut") -> Preprocessor:
+    """Returns what makes tokens of texts as in the training of a prompt, whose method is resolved.
+
+    Raises `UserError` for a card whose task or `max_length` is damaged, or a length that its method cannot take.
+    """
+    length = prompt.settings.get("max_length")
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        told = "is missing from" if length is None else f"is {length!r:.40} in"
+        raise UserError(f"max_length {told} its settings, expected a whole number of at least 1")
+    limit = prompt.method.source_limit()
+    if limit is not None and length > limit:
+        raise UserError(f"max_length is {length} in its settings, and its method takes {limit} tokens at most")
+    try:
+        task = Task.from_config({**prompt.task, "source": None})  # where its rows came from may be gone
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # fields of a card that somebody edited
+        raise UserError(f"its task was not written by deptjax, or is damaged: {error}") from None
+    causal = not backbone.config.is_encoder_decoder
+    return Preprocessor(backbone.tokenizer, task, causal=causal, max_length=length, on_too_long=on_too_long)

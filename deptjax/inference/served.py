@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deptjax.data.preprocess import Preprocessor
-from deptjax.data.tasks import Task
 from deptjax.errors import UserError, nearest
 from deptjax.inference.answers import MODES, Reader
+from deptjax.inference.inputs import preprocessor_of
 from deptjax.inference.prompt_bank import PromptBank, Source, usable_prompt
 from deptjax.inference.rows import Rows
 from deptjax.methods.base import Method
@@ -177,29 +176,10 @@ class ServedTasks:
             raise UserError(f"{where}: {error}") from None
 
     def _reader(self, prompt: Prompt) -> Reader:
-        length, mode = _max_length(prompt), prompt.settings.get("evaluation", "auto")
+        mode = prompt.settings.get("evaluation", "auto")
         if mode not in MODES:
             raise UserError(f"evaluation is {mode!r} in its settings, expected one of {', '.join(MODES)}")
-        limit = prompt.method.source_limit()
-        if limit is not None and length > limit:
-            raise UserError(f"max_length is {length} in its settings, and its method takes {limit} tokens at most")
-        try:
-            task = Task.from_config({**prompt.task, "source": None})  # where its rows came from may be gone
-        except UserError:
-            raise
-        except (TypeError, ValueError, AttributeError) as error:  # fields of a card that somebody edited
-            raise UserError(f"its task was not written by deptjax, or is damaged: {error}") from None
-        causal = not self._backbone.config.is_encoder_decoder
-        tokenizer, on_too_long = self._backbone.tokenizer, self._on_too_long
-        preprocessor = Preprocessor(tokenizer, task, causal=causal, max_length=length, on_too_long=on_too_long)
+        preprocessor = preprocessor_of(self._backbone, prompt, self._on_too_long)
         with self._tokenizing:
-            check_context(self._backbone, prompt.method, length, preprocessor.longest_target())
+            check_context(self._backbone, prompt.method, preprocessor.max_length, preprocessor.longest_target())
             return Reader(preprocessor, mode)
-
-
-def _max_length(prompt: Prompt) -> int:
-    length = prompt.settings.get("max_length")
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        told = "is missing from" if length is None else f"is {length!r:.40} in"
-        raise UserError(f"max_length {told} its settings, expected a whole number of at least 1")
-    return length

@@ -344,9 +344,9 @@ def test_what_is_no_prompt_and_no_name(predict: Predictor, folder: pathlib.Path)
 
 def test_texts_that_are_none(predict: Predictor) -> None:
     for texts in (None, 5, 2.5, "fine", b"fine", {"text": "fine"}, {"fine", "dull"}, object(), np.asarray("fine")):
-        with told("a Predictor takes a list of texts, not"):
+        with told("texts must be a list of texts, not"):
             predict(texts, "reviews")  # type: ignore[arg-type]
-        with told("a Predictor takes a list of texts, not"):
+        with told("texts must be a list of texts, not"):
             predict.score(texts, ["good"], "reviews")  # type: ignore[arg-type]
     for text in (None, 5, b"fine", ["fine"], ("text", "fine")):
         with told("text 2 is of type", type(text).__name__):

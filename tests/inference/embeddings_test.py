@@ -85,6 +85,16 @@ def test_dtype_and_scan_do_not_matter_but_for_rounding() -> None:
         np.testing.assert_allclose(got.astype(np.float32), want, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("format", ["peft", "npz"])
+def test_any_format_is_taken_and_any_iterable_of_texts(format: str, tmp_path: Path) -> None:
+    case = make_case(tiny_llama(), METHODS["prompt_tuning"])
+    path = tmp_path / ("x.npz" if format == "npz" else "x")
+    deptjax.export_prompt(case.prompt(), case.backbone, path, format)
+    wanted = deptjax.input_embeddings(case.backbone, prompt_of(case, "{text}"), TEXTS)
+    got = deptjax.input_embeddings(case.backbone, path, (text for text in TEXTS))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 @pytest.mark.parametrize("method", ["lora", "prefix_tuning", "full"])
 def test_methods_inside_the_backbone_are_refused(method: str) -> None:
     case = make_case(tiny_llama(), METHODS[method])
@@ -95,12 +105,19 @@ def test_methods_inside_the_backbone_are_refused(method: str) -> None:
 def test_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backbone = tiny_llama()
     prompt = prompt_of(make_case(backbone, METHODS["dept"]), "{a} and {b}")
-    with pytest.raises(UserError, match="takes a list of texts, not one text"):
+    with pytest.raises(UserError, match="texts must be a list of texts, not one str: write"):
         deptjax.input_embeddings(backbone, prompt, "text")
     with pytest.raises(UserError, match=r"text 2: .*'b'"):
         deptjax.input_embeddings(backbone, prompt, [{"a": "film", "b": "plot"}, {"a": "film"}])
     with pytest.raises(UserError, match="was tuned on 'tiny-llama', not on 'tiny-t5'"):
         deptjax.input_embeddings(tiny_t5(), prompt, TEXTS)
+    with pytest.raises(UserError, match="text 2 is of type int; give a text"):
+        deptjax.input_embeddings(backbone, prompt, [{"a": "film", "b": "plot"}, 5])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        deptjax.input_embeddings(backbone, tmp_path / "none", TEXTS)
+    nameless = dataclasses.replace(prompt, settings={})
+    with pytest.raises(UserError, match="prompt 'prompt': max_length is missing from its settings"):
+        deptjax.input_embeddings(backbone, nameless, TEXTS)
     assert not caplog.records
     prompt.save(tmp_path / "prompt")
     (long,) = deptjax.input_embeddings(backbone, tmp_path / "prompt", [{"a": "very " * 20, "b": "good"}])

@@ -252,7 +252,7 @@ def test_mistakes_are_told() -> None:
         predict(["fine", "dull"], ["other", "x"])
     with pytest.raises(UserError, match="there are 2 texts and 1 names of tasks; give one for each"):
         predict(["fine", "dull"], ["other"])
-    with pytest.raises(UserError, match="a Predictor takes a list of texts"):
+    with pytest.raises(UserError, match="texts must be a list of texts"):
         predict("fine", "other")
     with pytest.raises(UserError, match="text 2: "):
         predict(["fine", ""], "reviews")
