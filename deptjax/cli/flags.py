@@ -42,6 +42,11 @@ _TASK_FLAGS = {
     ("Task", "metrics"): ("metrics", "accuracy,macro_f1: the first selects the best prompt"),
     ("Task", "positive_label"): ("positive-label", "the label that the metric f1 is about"),
     ("Task", "max_target_length"): ("max-target-length", "longest free-text answer in tokens"),
+    ("Task", "references"): (
+        "references",
+        "the column with all accepted answers of a row, for exact_match and token_f1",
+    ),
+    ("Task", "group"): ("group", 'template that rows of one question share, such as "{question_id}", for multirc_em'),
     ("Task", "name"): ("task-name", "name of the task in messages and saved prompts (default: the file's)"),
     ("FileSource", "dev"): ("dev-file", "rows to choose the best prompt by; drawn from the task file where left out"),
     ("FileSource", "test"): ("test-file", "rows to report on; drawn from the task file where left out"),

@@ -21,6 +21,8 @@ class _Answers:
     references: list[str]
     labels: tuple[str, ...]  # empty for free text
     positive: str | None
+    accepted: list[list[str]]  # all right answers of each row; its reference alone where the task names no others
+    groups: list[str] | None
 
     def wrong_where_invalid(self, positive: str) -> list[bool]:
         """Returns whether each prediction says `positive`; one that is no label says the opposite of its reference."""
@@ -103,20 +105,33 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _exact_match(answers: _Answers) -> float:
-    pairs = zip(answers.predictions, answers.references, strict=True)
-    return sum(_words(said) == _words(truth) for said, truth in pairs) / len(answers.references)
+def _same_words(said: str, truth: str) -> float:
+    return float(_words(said) == _words(truth))
 
 
-def _token_f1(answers: _Answers) -> float:
-    total = 0.0
-    for said, truth in zip(map(_words, answers.predictions), map(_words, answers.references), strict=True):
-        if not said or not truth:
-            total += said == truth  # two empty answers agree; F1 itself is not defined
-            continue
-        common = (collections.Counter(said) & collections.Counter(truth)).total()
-        total += 2 * common / (len(said) + len(truth))
-    return total / len(answers.references)
+def _shared_words(said: str, truth: str) -> float:
+    """Returns F1 of the words: 2 * shared / (said + true)."""
+    ours, theirs = _words(said), _words(truth)
+    if not ours or not theirs:
+        return float(ours == theirs)  # two empty answers agree; F1 itself is not defined
+    return 2 * (collections.Counter(ours) & collections.Counter(theirs)).total() / (len(ours) + len(theirs))
+
+
+def _best_of_accepted(agreement: Callable[[str, str], float]) -> Callable[[_Answers], float]:
+    def score(answers: _Answers) -> float:
+        pairs = zip(answers.predictions, answers.accepted, strict=True)
+        return sum(max(agreement(said, truth) for truth in truths) for said, truths in pairs) / len(answers.predictions)
+
+    return score
+
+
+def _multirc_em(answers: _Answers) -> float:
+    if answers.groups is None:
+        raise UserError("metric 'multirc_em' needs the task's group, such as group='{question_id}'")
+    all_right: dict[str, bool] = {}
+    for said, truth, group in zip(answers.predictions, answers.references, answers.groups, strict=True):
+        all_right[group] = all_right.get(group, True) and said == truth
+    return sum(all_right.values()) / len(all_right)
 
 
 def _need_labels(name: str, answers: _Answers) -> tuple[str, ...]:
@@ -132,8 +147,10 @@ METRICS: dict[str, Callable[[_Answers], float]] = {
     "matthews": _matthews,
     "pearson": _correlation("pearson"),
     "spearman": _correlation("spearman"),
-    "exact_match": _exact_match,
-    "token_f1": _token_f1,
+    "exact_match": _best_of_accepted(_same_words),
+    "token_f1": _best_of_accepted(_shared_words),
+    "multirc_f1a": _f1,
+    "multirc_em": _multirc_em,
 }
 
 
@@ -150,6 +167,9 @@ def compute_metrics(
     references: Sequence[str],
     labels: Sequence[str] | None = None,
     positive: str | None = None,
+    *,
+    accepted: Sequence[Sequence[str]] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Returns the score of each metric in `names`, in that order.
 
@@ -160,13 +180,17 @@ def compute_metrics(
     - `matthews`: Matthews' correlation (1975), GLUE's for CoLA (Wang et al. 2019, arXiv 1804.07461).
     - `pearson`, `spearman`: correlation of numbers, GLUE's for STS-B; 0 where it is not defined.
     - `exact_match`, `token_f1`: on lower-cased words without punctuation and articles (SQuAD, Rajpurkar et al. 2016,
-      arXiv 1606.05250), against one reference.
+      arXiv 1606.05250); where a row has several accepted answers, the best agreement with one of them.
+    - `multirc_f1a`: `f1` over the answer options of all questions; `multirc_em`: share of questions all of whose answer
+      options are judged right (SuperGLUE's for MultiRC, Khashabi et al. 2018).
 
     Args:
         names: metrics, keys of `METRICS`.
         predictions, references: texts, at least one, of equal number.
         labels: the labels of the task, or None for free text.
         positive: the label that `f1` is about.
+        accepted: for each prediction all answers that are right, at least one; None for the references alone.
+        groups: for each prediction the name of its group, such as a question whose answer options are rows.
 
     Raises `UserError` for an unknown metric or one that does not fit the task, and `ValueError` when the texts are none
     or differ in number.
@@ -179,10 +203,15 @@ def compute_metrics(
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references; need one each, at least one"
         )
+    for name, given in (("accepted", accepted), ("groups", groups)):
+        if given is not None and len(given) != len(references):
+            raise ValueError(f"{len(given)} {name} for {len(references)} references; need one each")
     answers = _Answers(
         [text.strip() for text in predictions],
         [text.strip() for text in references],
         tuple(label.strip() for label in labels or ()),
         None if positive is None else positive.strip(),
+        [[text] for text in references] if accepted is None else [list(texts) for texts in accepted],
+        None if groups is None else list(groups),
     )
     return {name: METRICS[name](answers) for name in names}

@@ -36,6 +36,9 @@ class Task:
             exact_match for free text.
         positive_label: the label that the metric `f1` is about; None for the last one.
         max_target_length: the most tokens of a free-text target, and of a generated answer.
+        references: the column that holds all accepted answers of a row, a list of texts or a dict with one as `text`
+            (as SQuAD has them): `exact_match` and `token_f1` take the best of them. None for the target alone.
+        group: a template whose text rows of one question share, such as `"{question_id}"`, for `multirc_em`.
 
     Raises `UserError` for a template that is none, labels that repeat or are fewer than two, a verbalizer or positive
     label that is not in the labels, two labels with one text, or an unknown metric.
@@ -50,10 +53,14 @@ class Task:
     metrics: tuple[str, ...] = ()
     positive_label: str | None = None
     max_target_length: int = 64
+    references: str | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
         Template(self.input, f"{where} input template"), Template(self.target, f"{where} target template")
+        if self.group is not None:
+            Template(self.group, f"{where} group template")
         if isinstance(self.labels, str) or isinstance(self.metrics, str):
             raise UserError(f"{where}: labels and metrics are lists of texts, not one text; write ['accuracy'], say")
         if self.labels is not None:
@@ -66,6 +73,8 @@ class Task:
         if self.labels is not None and not self.metrics:
             self._set(metrics=("accuracy",) if self.labels else ("exact_match",))
         check_metrics(self.metrics)
+        if self.group is None and "multirc_em" in self.metrics:
+            raise UserError(f"{where}: metric 'multirc_em' needs group=, such as group='{{question_id}}'")
         if self.max_target_length < 1:
             raise UserError(f"{where}: max_target_length={self.max_target_length} must be at least 1")
 
@@ -98,6 +107,11 @@ class Task:
     def target_template(self) -> Template:
         """The parsed target template."""
         return Template(self.target, "target template")
+
+    @functools.cached_property
+    def group_template(self) -> Template | None:
+        """The parsed group template, or None."""
+        return None if self.group is None else Template(self.group, "group template")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -148,8 +162,39 @@ class Task:
 
         See `compute_metrics`; a produced text is first turned into a label by `label_from_text`.
         """
-        references = [self.label_of(row) for row in rows]
-        return compute_metrics(self.metrics, list(predictions), references, self.labels, self.positive_label)
+        rows = list(rows)
+        template = self.group_template
+        return compute_metrics(
+            self.metrics,
+            list(predictions),
+            [self.label_of(row) for row in rows],
+            self.labels,
+            self.positive_label,
+            accepted=[self.accepted(row) for row in rows],
+            groups=None if template is None else [template.render(row) for row in rows],
+        )
+
+    def accepted(self, row: Row) -> tuple[str, ...]:
+        """Returns all answers to a row that are right: its own target, or those in the column `references`.
+
+        No answer at all stands for the empty one (SQuAD 2's questions without an answer). Raises `UserError` naming the
+        row where the column is missing or holds something else.
+        """
+        if self.references is None:
+            return (self.label_of(row),)
+        if self.references not in row.values:
+            known = ", ".join(map(str, row.values))
+            raise UserError(
+                f"{row.origin}: no column '{self.references}', which task '{self.name}' names as references; the "
+                f"columns are {known}.{nearest(self.references, map(str, row.values))}"
+            )
+        value = row.values[self.references]
+        texts = value.get("text") if isinstance(value, Mapping) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{row.origin}: column '{self.references}' is not a list of texts, nor a dict with one as text"
+            )
+        return tuple(texts) or ("",)
 
     def load(self) -> TaskData:
         """Returns the rows, all of them checked, and the task with its labels and metrics filled in.
@@ -165,7 +210,9 @@ class Task:
             task = dataclasses.replace(self, labels=labels)
         for split in splits:
             for row in split:
-                task.source_text(row), task.label_of(row)
+                task.source_text(row), task.label_of(row), task.accepted(row)
+                if (template := task.group_template) is not None:
+                    template.render(row)
         return TaskData(task, splits.train, splits.dev, splits.test)
 
     def _infer_labels(self, splits: Splits) -> tuple[str, ...]:

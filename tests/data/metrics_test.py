@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from scipy import stats
 from sklearn import metrics as reference
 
 from deptjax.data.metrics import METRICS, compute_metrics
@@ -80,7 +83,73 @@ def test_squad_metrics():
     assert got["token_f1"] == pytest.approx((1 + 2 * 1 / (3 + 1) + 1 + 0) / 4)
 
 
+def drawn(seed: int, choices: list[str], count: int = 60) -> tuple[list[str], list[str]]:
+    """Returns predictions, of which about two in three are right, and references."""
+    draw = random.Random(seed)
+    truth = [draw.choice(choices) for _ in range(count)]
+    return [text if draw.random() < 0.5 else draw.choice(choices) for text in truth], truth
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_answers_agree_with_scikit_learn_and_scipy(seed):
+    said, truth = drawn(seed, ["0", "1"])
+    got = compute_metrics(["f1", "multirc_f1a", "macro_f1", "matthews"], said, truth, ["0", "1"])
+    assert got["f1"] == pytest.approx(reference.f1_score(truth, said, pos_label="1"), abs=1e-12)
+    assert got["multirc_f1a"] == got["f1"]
+    assert got["macro_f1"] == pytest.approx(reference.f1_score(truth, said, average="macro"), abs=1e-12)
+    assert got["matthews"] == pytest.approx(reference.matthews_corrcoef(truth, said), abs=1e-12)
+    said, truth = drawn(seed, ["a", "b", "c", "d"])
+    got = compute_metrics(["macro_f1", "matthews"], said, truth, ["a", "b", "c", "d"])
+    assert got["macro_f1"] == pytest.approx(reference.f1_score(truth, said, average="macro"), abs=1e-12)
+    assert got["matthews"] == pytest.approx(reference.matthews_corrcoef(truth, said), abs=1e-12)
+    said, truth = drawn(seed, [f"{tenth / 5:.1f}" for tenth in range(26)])  # STS-B's scale, with ties
+    got = compute_metrics(["pearson", "spearman"], said, truth)
+    numbers = list(map(float, said)), list(map(float, truth))
+    assert got["pearson"] == pytest.approx(stats.pearsonr(*numbers).statistic, abs=1e-12)
+    assert got["spearman"] == pytest.approx(stats.spearmanr(*numbers).statistic, abs=1e-12)
+
+
+# What SQuAD's script of evaluation (version 1.1) does, worked out by hand: lower case, then no punctuation, then no
+# articles, then single spaces; F1 of the bag of words; the best over the accepted answers.
+SQUAD = [
+    ("The  U.S.A.", ["usa"], 1.0, 1.0),
+    ("An apple-pie", ["applepie", "pie"], 1.0, 1.0),
+    ("Denver Broncos", ["the Denver Broncos", "Broncos"], 1.0, 1.0),
+    ("Santa Clara", ["Levi's Stadium", "Santa Clara, California"], 0.0, 2 * 2 / (2 + 3)),
+    ("theater", ["the ater"], 0.0, 0.0),  # an article is a word, not the front of one
+    ("gold gold", ["gold"], 0.0, 2 * 1 / (2 + 1)),  # a word counts as often as both have it
+    ("", ["a"], 1.0, 1.0),  # nothing is left of either
+    ("no", [""], 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("said", "accepted", "exact", "f1"), SQUAD)
+def test_squad_cases(said, accepted, exact, f1):
+    got = compute_metrics(["exact_match", "token_f1"], [said], [accepted[0]], accepted=[accepted])
+    assert got == pytest.approx({"exact_match": exact, "token_f1": f1}, abs=1e-12)
+
+
+def test_squad_is_the_mean_over_rows():
+    said, accepted, exact, f1 = map(list, zip(*SQUAD, strict=True))
+    got = compute_metrics(["exact_match", "token_f1"], said, ["unused"] * len(said), accepted=accepted)
+    assert got == pytest.approx({"exact_match": sum(exact) / 8, "token_f1": sum(f1) / 8}, abs=1e-12)
+
+
+def test_multirc_by_hand():
+    # Question p: all three options right. q: one of two wrong. r: its one option answered with no label.
+    groups = ["p", "q", "p", "r", "q", "p"]
+    truth = ["1", "1", "0", "0", "0", "1"]
+    said = ["1", "1", "0", "maybe", "1", "1"]
+    got = compute_metrics(["multirc_f1a", "multirc_em"], said, truth, ["0", "1"], groups=groups)
+    # Over all options: 3 true positives, and 2 false ones: the wrong one, and the one that is no label.
+    assert got == pytest.approx({"multirc_f1a": 2 * 3 / (2 * 3 + 2), "multirc_em": 1 / 3}, abs=1e-12)
+
+
 def test_errors():
+    with pytest.raises(UserError, match=r"'multirc_em' needs the task's group, such as group='\{question_id\}'"):
+        score("multirc_em", ["a"], ["a"])
+    with pytest.raises(ValueError, match="2 groups for 1 references"):
+        compute_metrics(["accuracy"], ["a"], ["a"], groups=["x", "y"])
     with pytest.raises(UserError, match=r"'acuracy' is not one of .*Did you mean 'accuracy'"):
         compute_metrics(["acuracy"], ["a"], ["a"])
     with pytest.raises(UserError, match="'f1' needs two labels"):
@@ -97,4 +166,5 @@ def test_errors():
 @pytest.mark.parametrize("name", sorted(METRICS))
 def test_every_metric_of_perfect_answers_is_one(name):
     answers = ["1", "2", "1", "2", "2"]
-    assert score(name, answers, answers, labels=["1", "2"]) == pytest.approx(1.0)
+    got = compute_metrics([name], answers, answers, ["1", "2"], groups=["a", "a", "b", "b", "c"])
+    assert got == {name: pytest.approx(1.0)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -174,3 +175,56 @@ def test_registry():
     assert register_task(trec6) is trec6
     with pytest.raises(UserError, match="registered already"):
         register_task(make(name="trec6"))
+
+
+def test_accepted_answers_come_from_the_rows():
+    rows = [
+        {"question": "who", "answers": {"text": ["Ada Lovelace", "Lovelace"], "answer_start": [0, 4]}, "first": "x"},
+        {"question": "when", "answers": ("in 1843", "1843"), "first": "y"},
+        {"question": "why", "answers": [], "first": "z"},
+    ]
+    task = Task(
+        name="squad",
+        source=MemorySource(rows, dev=rows, test=rows),
+        input="{question}",
+        target="{first}",
+        labels=(),
+        metrics=("exact_match", "token_f1"),
+        references="answers",
+    )
+    data = task.load()
+    assert [task.accepted(row) for row in data.dev] == [("Ada Lovelace", "Lovelace"), ("in 1843", "1843"), ("",)]
+    assert task.score(["Lovelace", "1843", ""], data.dev) == {"exact_match": 1.0, "token_f1": 1.0}
+    assert task.score(["Ada", "x", "y"], data.dev)["token_f1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert Task.from_config({**task.to_config(), "source": None}) == dataclasses.replace(task, source=None)
+    for bad, message in [
+        ({"first": "x"}, r"^row 1: no column 'answers', which task 'squad' names as references; .* question, first"),
+        ({"first": "x", "answers": "Ada"}, r"^row 1: column 'answers' is not a list of texts, nor a dict with one"),
+        ({"first": "x", "answers": {"text": [3]}}, r"^row 1: column 'answers' is not a list of texts"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            task.accepted(Row({"question": "who", **bad}, "row 1"))
+
+
+def test_groups_come_from_the_rows():
+    rows = [
+        {"text": f"{p} {q} {a}", "paragraph": p, "question": q, "label": a % 2}
+        for p in range(2)
+        for q in range(2)
+        for a in range(3)
+    ]
+    task = Task(
+        name="multirc",
+        source=MemorySource(rows, dev=rows, test=rows),
+        input="{text}",
+        labels=("0", "1"),
+        metrics=("multirc_f1a", "multirc_em"),
+        group="{paragraph}-{question}",
+    )
+    data = task.load()
+    said = ["0", "1", "0"] * 3 + ["0", "1", "1"]
+    assert task.score(said, data.dev) == pytest.approx({"multirc_f1a": 2 * 4 / (2 * 4 + 1), "multirc_em": 3 / 4})
+    with pytest.raises(UserError, match=r"task 'multirc': metric 'multirc_em' needs group="):
+        dataclasses.replace(task, group=None)
+    with pytest.raises(UserError, match=r"no column 'pararaph', which the group template"):
+        dataclasses.replace(task, group="{pararaph}").load()
