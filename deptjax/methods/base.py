@@ -106,6 +106,13 @@ class Method:
     free: ClassVar[tuple[str, ...]] = ()
     """Fields that say how training starts, or that `scales` accounts for: they may differ between stacked prompts."""
 
+    def check_sizes(self) -> None:
+        """Raises `UserError` for a size that is given and below 1."""
+        for name in self.sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
+
     def sites(self) -> Sites:
         """Returns what fills each site."""
         return Sites()

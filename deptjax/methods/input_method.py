@@ -5,7 +5,6 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from deptjax.errors import UserError
 from deptjax.methods import initializers
 from deptjax.methods.base import Method, Sites, Vocabulary
 from deptjax.typing import Array, Bool, Float, Int, Key, Tree
@@ -15,10 +14,7 @@ class InputMethod(Method, nn.Module):
     """A method that is itself the Linen module of the `input` site. Subclasses define `streams`."""
 
     def __post_init__(self) -> None:
-        for name in self.sizes:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
+        self.check_sizes()
         super().__post_init__()
 
     def sites(self) -> Sites:

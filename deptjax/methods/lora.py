@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 
 import flax.linen as nn
 import jax
 
-from deptjax.errors import UserError
-from deptjax.methods.base import LinearSite, Method, Sites, register_method
+from deptjax.methods.base import LinearSite, Sites, register_method
+from deptjax.methods.targets import TargetedMethod
 from deptjax.typing import Array, Float, Key
 
 
@@ -53,7 +52,7 @@ class LoRALinear(nn.Module):
 
 @register_method
 @dataclasses.dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(TargetedMethod):
     """Low-rank adaptation of the projections whose path matches `targets`.
 
     Attributes:
@@ -71,20 +70,12 @@ class LoRA(Method):
     alpha: float = 16.0
     targets: str = r"(query|value)$"
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora: rank is {self.rank}; it must be at least 1")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise UserError(f"lora: targets '{self.targets}' is not a regular expression: {error}") from error
-
     def sites(self) -> Sites:
         return Sites(linear=self.fill)
 
     def fill(self, site: LinearSite, name: str) -> nn.Module | None:
         """Returns the update for a projection, or `None` when `targets` does not match its path."""
-        if not re.search(self.targets, site.path):
+        if not self.takes(site):
             return None
         return LoRALinear(self.rank, self.alpha / self.rank, site.features_out, name=name)
 

@@ -11,12 +11,12 @@ positions of the text do not change.
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import flax.linen as nn
 
 from deptjax.errors import UserError
-from deptjax.methods.base import AttentionSite, Method, Sites, register_method
+from deptjax.methods.base import AttentionSite, Sites, register_method
+from deptjax.methods.targets import TargetedMethod
 from deptjax.typing import Array, Float
 
 # Small, so that at first a layer's output is little more than scaled down by the attention that the prefix draws.
@@ -46,7 +46,7 @@ class Prefix(nn.Module):
 
 @register_method
 @dataclasses.dataclass(frozen=True)
-class PrefixTuning(Method):
+class PrefixTuning(TargetedMethod):
     """Trained keys and values in the attention layers whose path matches `targets`.
 
     Attributes:
@@ -63,17 +63,14 @@ class PrefixTuning(Method):
     def __post_init__(self) -> None:
         if self.prefix_length < 1:
             raise UserError(f"prefix_tuning: prefix_length is {self.prefix_length}; it must be at least 1")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise UserError(f"prefix_tuning: targets '{self.targets}' is not a regular expression: {error}") from error
+        super().__post_init__()
 
     def sites(self) -> Sites:
         return Sites(attention=self.fill)
 
     def fill(self, site: AttentionSite, name: str) -> nn.Module | None:
         """Returns the prefix of an attention layer, or `None` when `targets` does not match its path."""
-        if not re.search(self.targets, site.path):
+        if not self.takes(site):
             return None
         return Prefix(self.prefix_length, site.num_heads, site.head_dim, name=name)
 
