@@ -9,7 +9,8 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from deptjax.cli.fields import BINDING, FLAG, Field, Given, checked, fields_of, unescaped
@@ -102,6 +103,8 @@ def make_decoding(settings: Settings, longest: int | None) -> Decoding | None:
     Args:
       settings: those given.
       longest: the most new tokens where `max_new_tokens` is not given; `None` where nothing is generated.
+
+    Raises `UserError` that names flags.
     """
     given = {name: value for (owner, name), value in settings.items() if owner == "Decoding"}
     if not given:
@@ -114,7 +117,10 @@ def make_decoding(settings: Settings, longest: int | None) -> Decoding | None:
         name: tuple(map(unescaped, value.value)) if isinstance(value.value, list) else checked(value, fields[name])
         for name, value in given.items()
     }
-    return Decoding(**{"max_new_tokens": longest, **own})
+    try:
+        return Decoding(**{"max_new_tokens": longest, **own})
+    except UserError as error:
+        raise UserError(_in_flags(str(error), fields)) from None
 
 
 def changed_from_default(config: TrainConfig) -> dict[str, Any]:
@@ -214,6 +220,21 @@ def _class_of(given: Given) -> Any:
             raise UserError(f"{given.origin}: no method is named @{name}.{nearest(name, classes)}")
         return classes[name]
     return method_class(checked(given, Field("method", ("str",), None, "")))
+
+
+def _in_flags(told: str, fields: Iterable[str]) -> str:
+    """Returns a message about fields as one about their flags; what stands in quotes is the user's own.
+
+    >>> _in_flags("top_p is 0.5, but nothing is sampled; set sample=True, or leave top_p out", ("top_p", "sample"))
+    '--top-p is 0.5, but nothing is sampled; set --sample, or leave --top-p out'
+    """
+    names = "|".join(fields)
+    flags = {"": "--", "=True": "--", "=False": "--no-"}
+    return re.sub(
+        rf"('[^']*')|\b({names})(=True|=False|)\b",
+        lambda found: found[1] or flags[found[3]] + found[2].replace("_", "-"),
+        told,
+    )
 
 
 def _value(given: Given, field: Field) -> Any:

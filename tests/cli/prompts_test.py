@@ -175,9 +175,16 @@ def test_flags_of_generation_that_mean_nothing_are_told(
     words = ("predict", "--prompt", writer, file)
     error = deptjax("predict", "--prompt", tuned.prompt, file, "--num-beams", 2).error
     assert error == "--num-beams: nothing is generated here, for the answers are labels; leave it out"
-    assert "top_p is 0.5, but nothing is sampled" in deptjax(*words, "--top-p", 0.5).error
+    told = "--top-p is 0.5, but nothing is sampled; set --sample, or leave --top-p out"
+    assert deptjax(*words, "--top-p", 0.5).error == told
+    told = "--max-new-tokens is 0, expected a whole number of at least 1"
+    assert deptjax(*words, "--max-new-tokens", 0).error == told
+    told = "--num-return is 2, but there are 1 beams; set --num-beams or --sample"
+    assert deptjax(*words, "--num-return", 2).error == told
+    told = "--temperature is 0.0, expected a number above 0; greedy is --no-sample"
+    assert deptjax(*words, "--sample", "--temperature", 0).error == told
     assert "--num-beams: num_beams 'x' is not a whole number" in deptjax(*words, "--num-beams", "x").error
-    assert "early_stopping is 'soon', expected" in deptjax(*words, "--num-beams", 2, "--early-stopping", "soon").error
+    assert "--early-stopping is 'soon', expected" in deptjax(*words, "--num-beams", 2, "--early-stopping", "soon").error
     told = f"{file}, line 1: the answer has a field 'candidates' too; rename that of the input"
     assert deptjax(*words, "--num-beams", 2, "--num-return", 2).error == told
     assert len(answers(deptjax(*words))) == 1
