@@ -7,6 +7,7 @@ batch at once, whatever task each belongs to.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,12 @@ class Answer:
     text: str
     scores: dict[str, float] | None = None
     candidates: tuple[Generation, ...] = ()
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the model computed numbers, and not NaN, which has no likeliest answer."""
+        scores = [*(self.scores or {}).values(), *(x for one in self.candidates for x in (one.score, *one.log_probs))]
+        return not any(map(math.isnan, scores))
 
 
 class Reader:

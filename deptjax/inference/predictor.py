@@ -167,6 +167,8 @@ class Predictor:
                         sequences[row, c, : len(tokens)], mask[row, c, : len(tokens)] = tokens, True
                 sequences[len(batch) :], mask[len(batch) :] = sequences[:1], mask[:1]
                 found = np.asarray(sequence_scores(*self._batch(batch), sequences, mask))
+                for request, row in zip(batch, found, strict=False):
+                    _tell_no_numbers(request.served, not np.isnan(row).any())
                 return [
                     dict(zip(lists[r.place], map(float, row), strict=False))
                     for r, row in zip(batch, found, strict=False)
@@ -194,6 +196,8 @@ class Predictor:
                     decoding=decoding,
                     numbers=[first + request.place for request in batch],
                 )
+                for request, answer in zip(batch, answers, strict=True):
+                    _tell_no_numbers(request.served, answer.has_numbers)
                 on_rows(len(batch))
                 return answers
 
@@ -309,6 +313,16 @@ class Predictor:
             raise UserError(f"text {request.place + 1}: {error}") from None
 
 
+def _tell_no_numbers(served: Served, has_numbers: bool) -> None:
+    """Warns once of a task whose prompt makes the model compute NaN: all its answers are then alike, and mean nothing.
+
+    Each number of the prompt is finite, or it would not be served; what is computed of them overflows.
+    """
+    if not has_numbers and not served.told_no_numbers:
+        served.told_no_numbers = True
+        logger.warning("task '%s': the scores are not finite, so its answers mean nothing; tune it again", served.name)
+
+
 def _label_class(reader: Reader) -> tuple[str, int]:
     """Returns what readers must have in common to share a batch.
 
@@ -353,6 +367,6 @@ def evaluate(
     rows = getattr(data, split, None)
     if split not in ("train", "dev", "test") or not rows:
         raise UserError(f"task '{chosen.name}' has no rows in split '{split}'")
-    answers = Predictor(backbone, {"task": prompt}, batch_size)(rows, on_rows=on_rows)
+    answers = Predictor(backbone, {chosen.name or "task": prompt}, batch_size)(rows, on_rows=on_rows)
     scores = data.task.score([answer.text for answer in answers], rows)
     return {f"{split}/{name}": value for name, value in scores.items()}

@@ -50,6 +50,7 @@ class Served:
         self.name, self.method, self.reader, self.bank, self.key = name, method, reader, bank, key
         self.calls: set[object] = set()  # those under way; a set, so that leaving twice, after an interrupt, is once
         self.retired = False
+        self.told_no_numbers = False  # the user knows that its model computes no numbers
 
     def free(self) -> None:
         """Gives the prompt's place back once it is retired and no call needs it."""

@@ -39,9 +39,14 @@ def prompt_of(family: str, method: DePT = DEPT, **fields: object) -> Prompt:
     return review_prompt(trained(family, method), method.max_length, **fields)
 
 
+def no_numbers(task: str) -> str:
+    """Returns what the user is told of such a prompt."""
+    return f"task '{task}': the scores are not finite, so its answers mean nothing; tune it again"
+
+
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_a_prompt_that_computes_no_numbers_touches_no_other_row(family: str) -> None:
-    """Its vectors are finite, and too large for anything behind them to be."""
+def test_a_prompt_that_computes_no_numbers_touches_no_other_row(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its vectors are finite, and too large for anything behind them to be. It is told of, once."""
     whole = {"labels": prompt_of(family), "free": prompt_of(family, **FREE)}
 
     def broken(prompt: Prompt) -> Prompt:
@@ -60,6 +65,10 @@ def test_a_prompt_that_computes_no_numbers_touches_no_other_row(family: str) -> 
     beams = Decoding(max_new_tokens=3, num_beams=2)
     generated = predict.generate(pairs, ["free"] * 4 + ["bad free"] * 4, beams)
     assert generated[:4] == predict.generate(pairs, "free", beams)[:4]
+    assert caplog.messages == [no_numbers("bad labels"), no_numbers("bad free")]
+    predict.add("bad labels", broken(whole["labels"]))  # a new prompt is told of anew, also by `score`
+    predict.score(TEXTS[:2], ["good"], ["labels", "bad labels"])
+    assert caplog.messages[2:] == [no_numbers("bad labels")]
 
 
 def test_many_labels_beside_two() -> None:
