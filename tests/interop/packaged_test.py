@@ -208,6 +208,34 @@ def test_a_killed_download_leaves_nothing_that_looks_complete(
     assert packaged.wheel("tinypack").read_bytes() == stalling_index.wheel
 
 
+def test_what_a_killed_download_left_is_removed_after_a_day(table: Wheel, tmp_path: Path) -> None:
+    folders = {name: tmp_path / "cache" / f".incomplete-{name}" for name in ("old", "new", "busy")}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        (folder / "half").write_bytes(b"PK")
+        os.utime(folder, (time.time() - (3600 if name == "new" else 25 * 3600),) * 2)
+    (tmp_path / "cache" / "mine").touch()
+    code = f"import fcntl, os; fcntl.flock(os.open({str(folders['busy'])!r}, os.O_RDONLY), fcntl.LOCK_EX)\n"
+    code += "print('locked', flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        packaged.wheel("tinypack")
+        there = sorted(path.name for path in (tmp_path / "cache").iterdir())
+        assert there == [".incomplete-busy", ".incomplete-new", "mine", FILE]
+        assert (folders["busy"] / "half").exists()
+        other.communicate("\n")
+
+
+def test_a_folder_in_use_is_locked(tmp_path: Path) -> None:
+    with packaged._beside(tmp_path / "cache" / "x") as work:
+        os.utime(work, (0, 0))
+        with packaged._beside(tmp_path / "cache" / "y") as another:
+            assert sorted((tmp_path / "cache").iterdir()) == sorted([work, another])
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_the_cache_of_the_user_and_one_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("DEPTJAX_CACHE", "XDG_CACHE_HOME"):
