@@ -1,4 +1,9 @@
 """Tasks, their sources, and the way from text to batches."""
 
-from deptjax.data import huggingface as huggingface  # registers its kind of source, so that saved prompts find it
-from deptjax.data import packaged_sets as packaged_sets  # registers its tasks, whatever module is imported first
+# These register their tasks and kinds of source, whatever module is imported first, so that saved prompts find them.
+from deptjax.data import glue as glue
+from deptjax.data import huggingface as huggingface
+from deptjax.data import mrqa as mrqa
+from deptjax.data import others as others
+from deptjax.data import packaged_sets as packaged_sets
+from deptjax.data import superglue as superglue

@@ -9,7 +9,9 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deptjax.data.few_shot import few_shot_rows
 from deptjax.data.metrics import check_metrics, compute_metrics
+from deptjax.data.row_formats import formatted, get_row_format
 from deptjax.data.sources import Source, Splits, source_from_config
 from deptjax.data.templates import Row, Template, as_text
 from deptjax.errors import UserError, nearest
@@ -31,7 +33,8 @@ class Task:
             space: whether one is needed is a matter of the backbone, and added by `Preprocessor`.
         labels: the allowed labels in the order of their indices; `()` for free text; None to infer them when the rows
             are loaded, from a file or rows in memory with few distinct targets.
-        verbalizers: the text the model must produce for a label, where it is not the label itself.
+        verbalizers: the text the model must produce for a label, where it is not the label itself. Rows may hold
+            either.
         metrics: names from `deptjax.data.metrics`; the first selects the best prompt. Empty: accuracy with labels,
             exact_match for free text.
         positive_label: the label that the metric `f1` is about; None for the last one.
@@ -39,9 +42,14 @@ class Task:
         references: the column that holds all accepted answers of a row, a list of texts or a dict with one as `text`
             (as SQuAD has them): `exact_match` and `token_f1` take the best of them. None for the target alone.
         group: a template whose text rows of one question share, such as `"{question_id}"`, for `multirc_em`.
+        row_format: the registered function that computes columns for the templates (`deptjax.data.row_formats`).
+        few_shot: train on this many rows, as many of each label as can be; None for all rows.
+        few_shot_seed: draws them.
+        paper_compat: do as the code of DePT's authors does where that is a slip: the row format and the few-shot
+            sample. docs/tasks.md lists the differences.
 
     Raises `UserError` for a template that is none, labels that repeat or are fewer than two, a verbalizer or positive
-    label that is not in the labels, two labels with one text, or an unknown metric.
+    label that is not in the labels, two labels with one text, or an unknown metric or row format.
     """
 
     name: str
@@ -55,6 +63,10 @@ class Task:
     max_target_length: int = 64
     references: str | None = None
     group: str | None = None
+    row_format: str | None = None
+    few_shot: int | None = None
+    few_shot_seed: int = 42
+    paper_compat: bool = False
 
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
@@ -77,6 +89,12 @@ class Task:
             raise UserError(f"{where}: metric 'multirc_em' needs group=, such as group='{{question_id}}'")
         if self.max_target_length < 1:
             raise UserError(f"{where}: max_target_length={self.max_target_length} must be at least 1")
+        if self.row_format is not None:
+            get_row_format(self.row_format)
+        if self.few_shot is not None and self.few_shot < 1:
+            raise UserError(f"{where}: few_shot={self.few_shot} must be at least 1")
+        if self.few_shot_seed < 0:
+            raise UserError(f"{where}: few_shot_seed={self.few_shot_seed} must be 0 or more")
 
     def _set(self, **fields: Any) -> None:
         for field, value in fields.items():
@@ -128,14 +146,25 @@ class Task:
             if len(columns) > 1:
                 raise UserError(f"task '{self.name}' needs the columns {', '.join(columns)}; give an object with these")
             row = {columns[0]: row}
-        return self.input_template.render(row if isinstance(row, Row) else Row(row))
+        return self.input_template.render(self.formatted(row if isinstance(row, Row) else Row(row)))
+
+    def formatted(self, row: Row) -> Row:
+        """Returns the row with the columns of the task's row format; without a row format, the row itself.
+
+        Raises `UserError` naming the column that the format cannot use.
+        """
+        return row if self.row_format is None else formatted(row, self.row_format, self.paper_compat)
 
     def label_of(self, row: Row) -> str:
         """Returns the label of a row (its filled target template, stripped), or the whole target for free text.
 
+        A row may hold the text of a label instead: with verbalizers `{"negative": "0", ...}`, 0 is negative.
+
         Raises `UserError` naming the row and the set when the label is not in it, or when the target is empty.
         """
-        label = self.target_template.render(row).strip()
+        label = self.target_template.render(self.formatted(row)).strip()
+        if self.labels and label not in self.labels:
+            label = self.label_from_text(label)
         if self.labels and label not in self.labels:
             raise UserError(f"{row.origin}: {_not_in_set(label, self.labels)}")
         return label
@@ -162,7 +191,7 @@ class Task:
 
         See `compute_metrics`; a produced text is first turned into a label by `label_from_text`.
         """
-        rows = list(rows)
+        rows = list(map(self.formatted, rows))
         template = self.group_template
         return compute_metrics(
             self.metrics,
@@ -182,6 +211,7 @@ class Task:
         """
         if self.references is None:
             return (self.label_of(row),)
+        row = self.formatted(row)
         if self.references not in row.values:
             known = ", ".join(map(str, row.values))
             raise UserError(
@@ -203,7 +233,7 @@ class Task:
         """
         if self.source is None:
             raise UserError(f"task '{self.name}' has no source; give it files, such as FileSource(train='train.jsonl')")
-        splits = self.source.splits(self.source_text)
+        splits = Splits(*(tuple(map(self.formatted, split)) for split in self.source.splits(self.source_text)))
         task = self
         if self.labels is None:
             labels = self._infer_labels(splits) if self.source.infer_labels else ()
@@ -213,7 +243,29 @@ class Task:
                 task.source_text(row), task.label_of(row), task.accepted(row)
                 if (template := task.group_template) is not None:
                     template.render(row)
-        return TaskData(task, splits.train, splits.dev, splits.test)
+        return TaskData(task, task._sampled(splits.train), splits.dev, splits.test)
+
+    def _sampled(self, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        """Returns the training rows of a few-shot task, or all of them."""
+        if self.few_shot is None:
+            return rows
+        by_target = None if self.row_format is None else get_row_format(self.row_format).few_shot_class
+        if self.labels:
+            class_of, classes = self.label_of, self.labels
+        elif by_target is not None:
+            class_of = lambda row: by_target(self.label_of(row))  # noqa: E731
+            classes = tuple(sorted(set(map(class_of, rows))))
+        else:
+            class_of, classes = None, ()
+        return few_shot_rows(
+            rows,
+            self.few_shot,
+            seed=self.few_shot_seed,
+            class_of=class_of,
+            classes=classes,
+            paper_compat=self.paper_compat,
+            name=self.name,
+        )
 
     def _infer_labels(self, splits: Splits) -> tuple[str, ...]:
         counts = collections.Counter(self.target_template.render(row).strip() for split in splits for row in split)
@@ -228,8 +280,12 @@ class Task:
         return labels
 
     def to_config(self) -> dict[str, Any]:
-        """Returns the task as a JSON object, which a saved prompt stores; `from_config` reads it."""
+        """Returns the task as a JSON object, which a saved prompt stores; `from_config` reads it.
+
+        A setting of few tasks stands in it only where it is set.
+        """
         config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        config = {name: value for name, value in config.items() if name not in _RARE or value != _RARE[name]}
         config["source"] = None if self.source is None else self.source.to_config()
         config["labels"] = None if self.labels is None else list(self.labels)
         config["verbalizers"], config["metrics"] = dict(self.verbalizers), list(self.metrics)
@@ -256,6 +312,13 @@ class Task:
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
         return cls(**fields)
+
+
+_RARE = {
+    field.name: field.default
+    for field in dataclasses.fields(Task)
+    if field.name in ("row_format", "few_shot", "few_shot_seed", "paper_compat")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,14 +348,18 @@ def register_task(task: Task) -> Task:
     return task
 
 
-def get_task(name: str) -> Task:
-    """Returns the registered task of that name.
+def get_task(name: str, **fields: Any) -> Task:
+    """Returns the registered task of that name, with `fields` replaced: `get_task("cola", few_shot=16)`.
 
-    Raises `UserError` with the nearest name when there is none.
+    Raises `UserError` with the nearest name when there is none, and for a field that a task does not have.
     """
     if name not in _REGISTRY:
         raise UserError(f"no task is named '{name}'; there are {', '.join(task_names())}.{nearest(name, _REGISTRY)}")
-    return _REGISTRY[name]
+    known = [field.name for field in dataclasses.fields(Task)]
+    for field in fields:
+        if field not in known:
+            raise UserError(f"'{field}' is not a field of a task ({', '.join(known)}).{nearest(field, known)}")
+    return dataclasses.replace(_REGISTRY[name], **fields) if fields else _REGISTRY[name]
 
 
 def task_names() -> tuple[str, ...]:

@@ -12,10 +12,14 @@ from deptjax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One example as it was read: its columns, and where it came from (`"train.csv, line 3"`) for error messages."""
+    """One example as it was read: its columns, and where it came from (`"train.csv, line 3"`) for error messages.
+
+    `format` names the row format (`deptjax.data.row_formats`) that has computed columns of it already.
+    """
 
     values: Mapping[str, object]
     origin: str = ""
+    format: str | None = None
 
 
 def as_text(value: object) -> str | None:
