@@ -18,6 +18,12 @@ SUITES: dict[str, tuple[str, ...]] = {
         "social_iqa",
         "bbc_topics",
     ),
+    # Those of the paper of DePT, arXiv 2309.05173 (`deptjax.data.paper_tasks`); read from the Hugging Face hub.
+    "glue": ("mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"),
+    "superglue": ("multirc", "boolq", "wic", "wsc", "cb"),
+    "mrqa": ("nq", "hotpotqa", "searchqa", "newsqa"),
+    "others": ("winogrande", "yelp_polarity", "scitail", "paws"),
+    "transfer_sources": ("mnli", "qqp", "sst2", "squad", "record"),  # whose prompts few-shot tasks start from
 }
 
 

@@ -311,13 +311,15 @@ def test_a_row_is_formatted_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["wsc", "stsb"])
-def test_trained_and_used_on_a_tiny_t5(name: str, tmp_path: pathlib.Path) -> None:
+def test_trained_on_a_tiny_t5(name: str, tmp_path: pathlib.Path) -> None:
+    """Labels by likelihood with computed columns, and free text; the prompt is then used on a row as the hub has it."""
     backbone, task = backbone_of("t5"), task_on(name, few_shot=8)
     method = DePT(prompt_length=3, rank=2, max_length=32)
     run = train(backbone, method, task, tmp_path, steps=2, batch_size=4, eval_every=2, buckets=1, progress=False)
     assert run.prompt is not None
     assert tuple(run.prompt.metrics) == tuple(f"dev/{metric}" for metric in task.metrics)
     assert run.prompt.task["few_shot"] == 8
-    request = {key: value for key, value in CASES[name].row.items() if key != "label"}
-    (answer,) = Predictor(backbone, run.prompt)([request])
-    assert not task.labels or answer.text in task.labels
+    if task.labels:
+        request = {key: value for key, value in CASES[name].row.items() if key != "label"}
+        (answer,) = Predictor(backbone, run.prompt)([request])
+        assert answer.text in task.labels
