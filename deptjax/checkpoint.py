@@ -52,6 +52,11 @@ class Checkpoints:
         state = TrainState(**restored["state"])
         return state._replace(key=jax.random.wrap_key_data(state.key)), restored["progress"]
 
+    def progress(self) -> dict[str, Any]:
+        """Returns the progress of the newest checkpoint, and does not read its state."""
+        restored = self._manager.restore(self.latest, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        return dict(restored["progress"])
+
     def wait(self) -> None:
         """Returns when everything is on disk."""
         with disk_errors(self._folder):

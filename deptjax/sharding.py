@@ -50,6 +50,7 @@ class Placement:
         """Returns the tree on every device."""
         return jax.device_put(tree, self.replicated)
 
-    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Returns the batch of all hosts together, given this host's rows of it."""
-        return {k: jax.make_array_from_process_local_data(self.rows, v) for k, v in batch.items()}
+    def put_batch(self, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, jax.Array]:
+        """Returns the batch of all hosts together, given this host's rows of it, which lie along `axis`."""
+        rows = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, DATA))
+        return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}

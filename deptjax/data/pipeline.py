@@ -3,7 +3,8 @@
 The stream of examples is one seeded permutation an epoch, one behind the other. It is read in windows of W batches; a
 window is sorted by source length, cut into batches, and the batches shuffled. So a batch holds texts of like length,
 little is padded, and every example is seen once an epoch. Which examples are in batch i depends on the seed and i
-alone: any batch can be made without those before it, and a run can go on from a step number.
+alone: any batch can be made without those before it, and a run can go on from a step number. Whether batch i is one of
+short or of long texts depends on i alone: runs with different seeds that train together have batches of like length.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class BatchPlan:
         random = np.random.default_rng([self.seed, 1, window])
         by_length = np.lexsort((random.random(size), self._lengths[rows]))  # ties in random order
         batches = rows[by_length].reshape(self.window, self.batch_size)
-        batches = batches[random.permutation(self.window)]
+        batches = batches[np.random.default_rng([1, window]).permutation(self.window)]  # for all seeds the same
         batches.flags.writeable = False  # it is shared by the cache
         return batches
 
