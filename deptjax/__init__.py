@@ -22,6 +22,7 @@ from deptjax.data.tasks import Task, get_task, register_task, task_names
 # Runs
 from deptjax.training.config import TrainConfig
 from deptjax.training.run import Run, train
+from deptjax.training.transfer import similar_prompts
 
 # Prompts in other formats
 from deptjax.interop.prompts import export_prompt, load_prompt
@@ -66,6 +67,7 @@ __all__ = [
     "load_backbone",
     "load_prompt",
     "register_task",
+    "similar_prompts",
     "task_names",
     "train",
 ]

@@ -82,7 +82,7 @@ def make_method(settings: Settings) -> Any:
 def make_config(settings: Settings, method: Any) -> TrainConfig:
     """Returns the training configuration."""
     fields = fields_of(TrainConfig)
-    own = _fields(settings, "TrainConfig", fields)
+    own = _fields(settings, "TrainConfig", fields, _SPECIAL)
     for (owner, name), given in settings.items():
         if owner == METHOD and name not in method_fields(type(method)):
             named = settings.get(("TrainConfig", name))
@@ -288,5 +288,10 @@ def _pairs(given: Given) -> dict[str, str]:
 
 
 _ESCAPED = ("input", "target", "prompt_text")
-_SPECIAL: dict[str, Callable[[Given], Any]] = {"labels": _texts, "metrics": _texts, "verbalizers": _pairs}
+_SPECIAL: dict[str, Callable[[Given], Any]] = {
+    "labels": _texts,
+    "metrics": _texts,
+    "start_parts": _texts,
+    "verbalizers": _pairs,
+}
 _TASK_FIELDS = {name: field for name, field in fields_of(Task).items() if name != "source"}

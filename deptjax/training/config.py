@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,6 +52,9 @@ class TrainConfig:
       log_every: steps between lines of `metrics.jsonl`.
       share_prompt: on a causal backbone, compute what belongs to the prompt once a batch and not in every row; the
         result is the same.
+      start_from: folder of a saved prompt whose parameters this run starts from, as in transfer from another task;
+        `None` starts anew.
+      start_parts: which of them, such as prompt,lora_a,lora_b; `None` takes all that the method tunes.
       seed: of everything random: initial values, order of the data, dropout.
     """
 
@@ -83,6 +87,8 @@ class TrainConfig:
     checkpoint_every: int = 500
     log_every: int = 10
     share_prompt: bool = True
+    start_from: str | None = None
+    start_parts: tuple[str, ...] | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -110,6 +116,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}; it must be above 0, and finite")
+        self._check_start()
         choices = {
             "schedule": SCHEDULES,
             "loss": LOSSES,
@@ -124,6 +131,17 @@ class TrainConfig:
                 raise UserError(
                     f"{name} '{value}' is not known; there are {', '.join(names)}.{nearest(str(value), names)}"
                 )
+
+    def _check_start(self) -> None:
+        if self.start_from is not None:
+            object.__setattr__(self, "start_from", os.fspath(self.start_from))  # the dataclass is frozen
+        if self.start_parts is None:
+            return
+        if isinstance(self.start_parts, str) or not self.start_parts:
+            raise UserError(f"start_parts is {self.start_parts!r}; give a list of names, such as ['prompt', 'lora_a']")
+        if self.start_from is None:
+            raise UserError("start_parts is given, and no start_from; name the prompt to start from")
+        object.__setattr__(self, "start_parts", tuple(self.start_parts))
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> TrainConfig:

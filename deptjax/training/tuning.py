@@ -27,6 +27,7 @@ from deptjax.prompt import Prompt
 from deptjax.sharding import Placement
 from deptjax.training.config import TrainConfig
 from deptjax.training.optim import make_optimizer
+from deptjax.training.transfer import started_from
 from deptjax.typing import Array, Key, Tree
 
 DEFAULT_MAX_LENGTH = 256
@@ -92,7 +93,19 @@ class Tuning:
         init_key, step_key = jax.random.split(jax.random.key(self.config.seed))
         vocabulary = self.backbone.vocabulary(self.task.texts)
         trainable, frozen = self.model.init(init_key, self.backbone.params, vocabulary)
+        if self.source_prompt is not None:
+            where, parts = str(self.config.start_from), self.config.start_parts
+            trainable = started_from(trainable, self.model.method, self.source_prompt, parts, where)
         return trainable, frozen, step_key
+
+    @functools.cached_property
+    def source_prompt(self) -> Prompt | None:
+        """The prompt that the run starts from. Raises `UserError` for one that is damaged or of another backbone."""
+        if self.config.start_from is None:
+            return None
+        prompt = Prompt.load(self.config.start_from)
+        prompt.check_backbone(self.backbone, self.config.start_from)
+        return prompt
 
     def optimizer(self, trainable: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:
         """Returns the optimiser of a tree like `trainable`; `peaks`, perhaps traced, take the place of `rates`."""
@@ -167,6 +180,7 @@ class Tuning:
             "learning_rates": self.rates,
             "train": dataclasses.asdict(self.config),
             "devices": placement.mesh.size,
+            **({} if self.source_prompt is None else {"start": self.source_prompt.run_id}),
         }
 
 

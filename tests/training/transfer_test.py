@@ -1,0 +1,174 @@
+"""Runs that start from another task's prompt, and how alike prompts are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from deptjax.errors import UserError
+from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from deptjax.methods.base import method_to_config
+from deptjax.prompt import Prompt
+from deptjax.testing import tiny_llama
+from deptjax.training.config import TrainConfig
+from deptjax.training.run import train
+from deptjax.training.transfer import similar_prompts
+from deptjax.training.tuning import Tuning
+from deptjax.typing import Tree
+from tests.cases import backbone_of, make_case
+from tests.reviews import review_task
+
+DEPT = DePT(prompt_length=6, rank=4, max_length=32)
+METHODS: dict[str, Method] = {
+    "dept": DEPT,
+    "prompt_tuning": PromptTuning(prompt_length=6),
+    "prefix_tuning": PrefixTuning(prefix_length=3),
+    "lora": LoRA(rank=2),
+    "full": FullFineTuning(),
+}
+
+
+def tuned_prompt(method: Method, seed: int = 0) -> Prompt:
+    """Returns a prompt whose every number is drawn anew, as none is where training starts."""
+    case = make_case(backbone_of("llama"), method)
+    random = np.random.default_rng(seed)
+    drawn = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(leaf.dtype), case.trainable)
+    return Prompt.build(method_to_config(case.model.method), drawn, case.backbone)
+
+
+def first_parameters(method: Method, **settings: object) -> Tree:
+    """Returns the parameters of a run before its first step."""
+    tuning = Tuning.prepare(backbone_of("llama"), method, review_task(), TrainConfig(**settings))  # type: ignore[arg-type]
+    return jax.tree.map(np.asarray, tuning.start()[0])
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_method_starts_from_a_prompt_of_its_own(kind: str, tmp_path: pathlib.Path) -> None:
+    source = tuned_prompt(METHODS[kind])
+    source.save(tmp_path / "source")
+    start = first_parameters(METHODS[kind], start_from=tmp_path / "source")
+    jax.tree.map(np.testing.assert_array_equal, start, source.trainable)
+
+
+@pytest.mark.parametrize("parts", [("prompt",), ("lora_a",), ("lora_a", "lora_b")])
+def test_a_part_is_taken_and_the_rest_starts_anew(parts: tuple[str, ...], tmp_path: pathlib.Path) -> None:
+    source = tuned_prompt(DEPT)
+    source.save(tmp_path / "source")
+    start = first_parameters(DEPT, start_from=str(tmp_path / "source"), start_parts=parts)["input"]
+    anew = first_parameters(DEPT)["input"]
+    for name, leaf in start.items():
+        np.testing.assert_array_equal(leaf, (source.trainable["input"] if name in parts else anew)[name])
+
+
+def test_a_soft_prompt_goes_from_one_method_to_another(tmp_path: pathlib.Path) -> None:
+    source = tuned_prompt(METHODS["prompt_tuning"])
+    source.save(tmp_path / "source")
+    start = first_parameters(DEPT, start_from=str(tmp_path / "source"), start_parts=["prompt"])
+    np.testing.assert_array_equal(start["input"]["prompt"], source.trainable["input"]["prompt"])
+    tuned_prompt(DEPT).save(tmp_path / "dept")
+    alone = first_parameters(METHODS["prompt_tuning"], start_from=str(tmp_path / "dept"))
+    assert alone["input"].keys() == {"prompt"}
+
+
+def test_another_scaling_means_the_same_offsets(tmp_path: pathlib.Path) -> None:
+    source = tuned_prompt(DEPT)  # 8 / sqrt(4) = 4
+    source.save(tmp_path / "source")
+    plain = first_parameters(dataclasses.replace(DEPT, scaling="none"), start_from=str(tmp_path / "source"))["input"]
+    own = source.trainable["input"]
+    np.testing.assert_allclose(plain["lora_a"] @ plain["lora_b"], 4.0 * (own["lora_a"] @ own["lora_b"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "parts", "told"),
+    [
+        (
+            DePT(prompt_length=5, rank=4, max_length=32),
+            None,
+            r"input/prompt of shape \(6, 24\), and this run's is \(5,",
+        ),
+        (
+            DePT(prompt_length=6, rank=4, max_length=16),
+            None,
+            r"input/lora_a of shape \(32, 4\), .* or leave lora_a out",
+        ),
+        (METHODS["lora"], None, r"\(method 'dept'\) has no backbone/.*; it has .*lora_a.*: name in start_parts what"),
+        (METHODS["lora"], ("prompt",), "start_parts: method 'lora' has no 'prompt'; it has lora_a, lora_b"),
+        (DEPT, ("promt",), r"start_parts: method 'dept' has no 'promt'; .* Did you mean 'prompt'\?"),
+    ],
+)
+def test_what_does_not_fit_is_told(
+    method: Method, parts: tuple[str, ...] | None, told: str, tmp_path: pathlib.Path
+) -> None:
+    tuned_prompt(DEPT).save(tmp_path / "source")
+    with pytest.raises(UserError, match=told) as caught:
+        first_parameters(method, start_from=str(tmp_path / "source"), start_parts=parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_mistakes_are_told(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="is not a saved prompt"):
+        first_parameters(DEPT, start_from=str(tmp_path))
+    source = tuned_prompt(DEPT)
+    dataclasses.replace(source, fingerprint={**source.fingerprint, "width": 99}).save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other was tuned on 'tiny-llama', not on 'tiny-llama': width is 24, not 99"):
+        first_parameters(DEPT, start_from=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="start_parts is given, and no start_from"):
+        TrainConfig(start_parts=("prompt",))
+    with pytest.raises(UserError, match="start_parts is 'prompt'; give a list of names"):
+        TrainConfig(start_from="source", start_parts="prompt")  # type: ignore[arg-type]
+
+
+def test_a_run_belongs_to_the_prompt_it_started_from(tmp_path: pathlib.Path) -> None:
+    tuned_prompt(DEPT).save(tmp_path / "source")
+    settings = {"steps": 2, "batch_size": 4, "eval_every": 0, "buckets": 1, "progress": False}
+    asked = (backbone_of("llama"), DEPT, review_task(), tmp_path / "run")
+    run = train(*asked, **settings, start_from=str(tmp_path / "source"))
+    assert run.prompt is not None
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["start"] == Prompt.load(tmp_path / "source").run_id
+    )
+    assert train(*asked, **settings, start_from=str(tmp_path / "source")).prompt == run.prompt or run.finished
+    tuned_prompt(DEPT, seed=1).save(tmp_path / "source")
+    with pytest.raises(UserError, match=r"another configuration \(start was \w+, is now \w+\)"):
+        train(*asked, **settings, start_from=str(tmp_path / "source"))
+
+
+def soft(*rows: list[float], method: Method = PromptTuning(prompt_length=2)) -> Prompt:
+    """Returns a prompt of these vectors."""
+    backbone = backbone_of("llama")
+    vectors = np.zeros((len(rows), 24), np.float32)
+    for vector, row in zip(vectors, rows, strict=True):
+        vector[: len(row)] = row
+    return Prompt(method, {"input": {"prompt": vectors}}, backbone.name, backbone.fingerprint, {})
+
+
+def test_prompts_are_as_alike_as_their_mean_vectors(tmp_path: pathlib.Path) -> None:
+    target = soft([3.0, 1.0], [1.0, 3.0])  # its mean is (2, 2)
+    soft([1.0]).save(tmp_path / "saved")
+    bank = {
+        "opposite": soft([-1.0, -1.0]),
+        "saved": tmp_path / "saved",
+        "same": soft([5.0], [0.0, 5.0]),
+        "zero": soft([]),
+    }
+    ranking = similar_prompts(bank, target)
+    assert [name for name, _ in ranking] == ["same", "saved", "zero", "opposite"]
+    np.testing.assert_allclose([cosine for _, cosine in ranking], [1.0, np.sqrt(0.5), 0.0, -1.0], rtol=0, atol=1e-6)
+    soft([3.0, 1.0], [1.0, 3.0]).save(tmp_path / "target")
+    assert similar_prompts(bank, tmp_path / "target") == ranking
+
+
+def test_what_cannot_be_compared_is_told() -> None:
+    target = soft([1.0])
+    with pytest.raises(UserError, match="no prompts; give at least one"):
+        similar_prompts({}, target)
+    with pytest.raises(UserError, match="'lora' is of method 'lora', which has no soft prompt; leave it out"):
+        similar_prompts({"lora": tuned_prompt(METHODS["lora"])}, target)
+    other = dataclasses.replace(target, backbone="wide", fingerprint=tiny_llama(width=48, num_heads=6).fingerprint)
+    with pytest.raises(UserError, match="'far' was tuned on 'wide', and the target on 'tiny-llama'"):
+        similar_prompts({"far": other}, target)
