@@ -73,3 +73,22 @@ def test_the_kept_gin_file_means_the_same_task(fields: dict[str, object], tmp_pa
     method = DePT()
     (tmp_path / "config.gin").write_text(settings.as_gin({}, method, task, settings.make_config({}, method)))
     assert settings.make_task(given(gin=(str(tmp_path / "config.gin"),))) == task
+
+
+def test_start_parts_are_a_list() -> None:
+    found = given("--start-from", "runs/mnli/prompt", "--start-parts", "prompt,lora_a")
+    config = settings.make_config(found, DePT())
+    assert (config.start_from, config.start_parts) == ("runs/mnli/prompt", ("prompt", "lora_a"))
+    assert settings.changed_from_default(config) == {
+        "start_from": "runs/mnli/prompt",
+        "start_parts": ("prompt", "lora_a"),
+    }
+    with pytest.raises(UserError, match="start_parts is given, and no start_from"):
+        settings.make_config(given("--start-parts", "prompt"), DePT())
+
+
+def test_the_kept_gin_file_starts_from_the_same_parts(tmp_path: pathlib.Path) -> None:
+    method = DePT()
+    config = settings.make_config(given("--start-from", "a", "--start-parts", "lora_a"), method)
+    (tmp_path / "config.gin").write_text(settings.as_gin({}, method, get_task("cola"), config))
+    assert settings.make_config(given(gin=(str(tmp_path / "config.gin"),)), method) == config
