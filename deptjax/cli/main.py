@@ -13,6 +13,7 @@ from deptjax.version import __version__
 
 COMMANDS = {
     "train": "tune a prompt (DePT, prompt tuning, LoRA, or the whole model) on a task",
+    "search": "tune many prompts of one method at once: learning rates, seeds, tasks; keep the best",
     "evaluate": "score a tuned prompt on a split of a task",
     "predict": "answer texts with a tuned prompt",
     "export": "write a tuned prompt for HF peft, DePT's authors' code, numpy, or a server that takes embeddings",
