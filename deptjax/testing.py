@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.models.backbone import Backbone
+from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.llama import LlamaConfig
 from deptjax.models.t5 import T5Config
 from deptjax.typing import Array, Tree
@@ -37,7 +38,9 @@ def tiny_tokenizer(words: tuple[str, ...] = WORDS) -> Any:
 
 
 def random_params(config: Any, seed: int = 0, scale: float = 1.0) -> Tree:
-    """Returns a random float32 tree for a config: kernels N(0, scale / fan-in), norms near 1, the rest N(0, 1)."""
+    """Returns a random float32 tree for a config: kernels N(0, scale / fan-in), norms near 1, biases
+    near 0, the rest N(0, 1).
+    """
     tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
 
     def forward(module: Any) -> Array:
@@ -52,6 +55,8 @@ def random_params(config: Any, seed: int = 0, scale: float = 1.0) -> Tree:
             values = 1 + 0.1 * values
         elif path[-1].key == "kernel":
             values = values * (scale / shape.shape[-2]) ** 0.5
+        elif path[-1].key == "bias":
+            values = 0.1 * values
         return jnp.asarray(values, shape.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
@@ -74,6 +79,14 @@ def tiny_llama(seed: int = 0, **fields: Any) -> Backbone:
     )
     config = dataclasses.replace(config, **fields)
     return Backbone("tiny-llama", config, random_params(config, seed), tokenizer)
+
+
+def tiny_gpt2(seed: int = 0, **fields: Any) -> Backbone:
+    """Returns a GPT-2 of two layers with random weights, its sizes different where they can be."""
+    tokenizer = tiny_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), width=24, num_layers=2, num_heads=3, mlp_dim=37, max_positions=512)
+    config = dataclasses.replace(config, **fields)
+    return Backbone("tiny-gpt2", config, random_params(config, seed), tokenizer)
 
 
 def tiny_t5(seed: int = 0, **fields: Any) -> Backbone:
@@ -107,10 +120,11 @@ def save_hf_folder(backbone: Backbone, folder: str | os.PathLike[str]) -> pathli
 
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for entry in entries(backbone.config):
+    parts: dict[str, list[np.ndarray]] = {}
+    for entry in entries(backbone.config):  # parts of one tensor come in their order
         leaf = _leaf(backbone.params, entry.path)
-        tensors[entry.name] = np.ascontiguousarray(leaf.T if entry.transpose else leaf)
+        parts.setdefault(entry.name, []).append(leaf.T if entry.transpose else leaf)
+    tensors = {name: np.ascontiguousarray(np.concatenate(leaves, axis=-1)) for name, leaves in parts.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_hf_config(backbone.config), indent=2) + "\n")
     backbone.tokenizer.save_pretrained(folder)
@@ -150,6 +164,22 @@ def _hf_config(config: Any) -> dict[str, Any]:
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tied,
             "decoder_start_token_id": config.decoder_start_token,
+        }
+    if config.family == "gpt2":
+        return {
+            "model_type": "gpt2",
+            "vocab_size": config.vocab_size,
+            "n_embd": config.width,
+            "n_layer": config.num_layers,
+            "n_head": config.num_heads,
+            "n_inner": config.mlp_dim,
+            "n_positions": config.max_positions,
+            "activation_function": config.activation,
+            "layer_norm_epsilon": config.norm_eps,
+            "embd_pdrop": config.dropout_rate,
+            "attn_pdrop": config.dropout_rate,
+            "resid_pdrop": config.dropout_rate,
+            "tie_word_embeddings": config.tied,
         }
     fields = {
         "model_type": "llama",

@@ -16,7 +16,7 @@ from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PrefixTuning, Pr
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
 from deptjax.prompt import Prompt
-from deptjax.testing import tiny_llama, tiny_t5
+from deptjax.testing import tiny_gpt2, tiny_llama, tiny_t5
 from deptjax.training.optim import make_optimizer
 from deptjax.training.state import TrainState
 from deptjax.training.step import make_loss, make_train_step
@@ -30,7 +30,7 @@ METHODS: dict[str, Method] = {
     "lora": LoRA(rank=3),
     "full": FullFineTuning(),
 }
-BACKBONES: dict[str, Callable[..., Backbone]] = {"llama": tiny_llama, "t5": tiny_t5}
+BACKBONES: dict[str, Callable[..., Backbone]] = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
 RATES = {"prompt": 0.1, "low_rank": 0.01, "backbone": 1e-3}
 
 

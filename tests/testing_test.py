@@ -10,11 +10,13 @@ import pytest
 
 import deptjax
 from deptjax.models.backbone import Backbone
-from deptjax.models.llama import RopeScaling
-from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
+from deptjax.models.rope import RopeScaling
+from deptjax.testing import save_hf_folder, tiny_gpt2, tiny_llama, tiny_t5
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.5, 3.5, 64)
 BACKBONES = {
+    "gpt2": tiny_gpt2(),
+    "gpt2 untied, scanned": tiny_gpt2(1, tied=False, activation="gelu", dropout_rate=0.0, scan_layers=True),
     "llama": tiny_llama(),
     "llama untied, rope by the rule of Llama 3.1": tiny_llama(1, tied=False, rope_theta=500.0, rope_scaling=LLAMA3),
     "llama, linear rope, scanned": tiny_llama(2, rope_scaling=RopeScaling("linear", 2.0), scan_layers=True),

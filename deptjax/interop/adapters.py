@@ -124,13 +124,17 @@ def refuse_others(tensors: Iterable[str], known: Iterable[str], where: str) -> N
 
 
 class Projection(NamedTuple):
-    """A projection of a backbone: its node in the unrolled tree, its site, torch's module, and its widths."""
+    """A projection of a backbone: its node in the unrolled tree, its site, torch's module, and its widths.
+
+    `part`: which of how many equal pieces of the module's result it computes (GPT-2's query, key and value are one).
+    """
 
     path: TreePath
     site: str
     module: str
     features_in: int
     features_out: int
+    part: tuple[int, int] = (0, 1)
 
 
 def projections(config: Any) -> list[Projection]:
@@ -140,7 +144,9 @@ def projections(config: Any) -> list[Projection]:
         *path, leaf = entry.path
         if leaf == "kernel" and path[-1] != "logits_dense":
             site = "/".join(part for part in path if not _LAYER.fullmatch(part))
-            found.append(Projection(tuple(path), site, entry.name.removesuffix(".weight"), *entry.shape[::-1]))
+            module = entry.name.removesuffix(".weight")
+            features_in, features_out = entry.leaf_shape
+            found.append(Projection(tuple(path), site, module, features_in, features_out, entry.part))
     return found
 
 

@@ -41,7 +41,7 @@ def fill_tree(config: Any, source: TensorSource, *, scan_layers: bool, dtype: st
     place = place or place_on_default_device
     tree: Tree = {}
     for path, group in leaves_of(wanted, scan_layers).items():
-        shape = group[0].shape[::-1] if group[0].transpose else group[0].shape
+        shape = group[0].leaf_shape
         leaf = empty_aligned((len(group), *shape) if is_stacked(path) else shape, DTYPES[dtype])
         for i, entry in enumerate(group):
             target = leaf[i] if is_stacked(path) else leaf
@@ -66,11 +66,13 @@ def _resolve(wanted: list[Entry], source: TensorSource) -> list[Entry]:
         known.update((entry.name, *entry.copies))
         name = entry.name
         if name not in there and entry.instead is not None:
-            # The stand-in may itself be stored under another name: that of the first entry, the table, by then.
-            name = next((n for n in (entry.instead, *(e.name for e in found[:1])) if n in there), name)
+            # The table, the first entry, may itself be stored under another name, and then so is its stand-in.
+            stands_in = found[0].name if found and entry.instead == wanted[0].name else entry.instead
+            name = stands_in if stands_in in there else name
         if name not in there:
             where = source.where(name)
             raise UserError(f"{where}: tensor '{name}' is missing; the config and the weights do not belong together")
+        known.add(name)
         found.append(entry._replace(name=name))
     for entry in found:
         for name in (entry.name, *(n for n in entry.copies if n in there)):
@@ -103,7 +105,9 @@ def is_stacked(path: Path) -> bool:
 
 
 def _fill(entry: Entry, source: TensorSource, out: np.ndarray) -> None:
-    """Reads `entry`'s tensor into `out`, which has its stored shape and any strides, and checks its copies."""
+    """Reads `entry`'s part of its tensor into `out`, laid out as stored, with any strides, and checks its copies."""
+    width = entry.shape[-1] // entry.part[1]
+    first = entry.part[0] * width
     there = set(source.names()) if entry.copies else set()
     copies = [(name, iter(source.blocks(name))) for name in entry.copies if name in there and name != entry.name]
     for start, block in source.blocks(entry.name):
@@ -113,7 +117,12 @@ def _fill(entry: Entry, source: TensorSource, out: np.ndarray) -> None:
                     f"{source.where(name)}: tensor '{name}' differs from '{entry.name}', which the config ties to it;"
                     " correct 'tie_word_embeddings' in the config"
                 )
-        out[start : start + len(block)] = block
+        if block.ndim > 1:
+            out[start : start + len(block)] = block[..., first : first + width]
+        else:  # the blocks of a vector run along the axis that is cut
+            low, high = max(start, first), min(start + len(block), first + width)
+            if low < high:
+                out[low - first : high - first] = block[low - start : high - start]
 
 
 def _equal(block: np.ndarray, start: int, blocks: Iterator[tuple[int, np.ndarray]]) -> bool:

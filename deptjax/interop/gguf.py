@@ -19,7 +19,8 @@ import numpy as np
 
 from deptjax.errors import UserError
 from deptjax.interop.safetensors import BLOCK_BYTES, read_exactly
-from deptjax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
+from deptjax.models.llama import LlamaConfig
+from deptjax.models.rope import RopeScaling, rope_frequencies
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deptjax.errors import UserError, nearest
-from deptjax.models.llama import LlamaConfig, RopeScaling
-from deptjax.models.t5 import ACTIVATIONS, T5Config
+from deptjax.models.gpt2 import GPT2Config
+from deptjax.models.layers import ACTIVATIONS
+from deptjax.models.llama import LlamaConfig
+from deptjax.models.rope import RopeScaling
+from deptjax.models.t5 import T5Config
 
 # Names, notes, training settings, special tokens (the tokenizer has them) and defaults of generation: none of them
 # changes what the weights compute from given tokens.
@@ -40,6 +43,11 @@ _T5 = (
     " relative_attention_max_distance dropout_rate layer_norm_epsilon feed_forward_proj dense_act_fn is_gated_act"
     " tie_word_embeddings scale_decoder_outputs decoder_start_token_id"
 ).split()
+_GPT2 = (
+    "vocab_size n_embd n_layer n_head n_inner n_positions n_ctx activation_function layer_norm_epsilon embd_pdrop"
+    " attn_pdrop resid_pdrop tie_word_embeddings summary_type summary_use_proj summary_activation"
+    " summary_proj_to_labels summary_first_dropout"  # of a classifier that stands on the model
+).split()
 # Fields with one value that this library implements, and what another value would mean.
 _LLAMA_FIXED = {
     "attention_bias": (False, "biases in the attention"),
@@ -55,7 +63,17 @@ _T5_FIXED = {
     "is_decoder": (False, "one stack alone"),
     "add_cross_attention": (None, ""),
 }
-FAMILIES = ("llama", "mistral", "t5", "mt5")
+_GPT2_FIXED = {
+    "scale_attn_weights": (True, "attention without its scale"),
+    "scale_attn_by_inverse_layer_idx": (False, "attention scaled by the number of the layer"),
+    "reorder_and_upcast_attn": (False, "attention computed in another order and precision"),
+    "is_encoder_decoder": (False, "an encoder"),
+    "add_cross_attention": (False, "cross-attention"),
+    "is_decoder": (None, ""),
+}
+
+
+Config = LlamaConfig | GPT2Config | T5Config
 
 
 class _Fields:
@@ -83,6 +101,13 @@ class _Fields:
             self.refuse(field, "expected a positive number" if kind is float else "expected a positive whole number")
         return kind(value)
 
+    def rate(self, field: str, default: float) -> float:
+        """Returns a dropout rate."""
+        value = self.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            self.refuse(field, "expected a number from 0 up to, not including, 1")
+        return float(value)
+
     def only(self, known: list[str], fixed: dict[str, tuple[Any, str]]) -> None:
         """Refuses every field that is neither known nor harmless, and every fixed one with another value."""
         for field, value in self.fields.items():
@@ -99,10 +124,10 @@ class _Fields:
 def _advice(field: str) -> str:
     if field in ("quantization_config", "quantization"):
         return "; take a checkpoint that is not quantised, or a GGUF file"
-    return nearest(field, [*_LLAMA, *_T5])
+    return nearest(field, [*_LLAMA, *_T5, *_GPT2])
 
 
-def read_config(folder: str | Path) -> LlamaConfig | T5Config:
+def read_config(folder: str | Path) -> Config:
     """Returns the config of the model in a folder, read from its `config.json`. Raises `UserError`."""
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -116,20 +141,20 @@ def read_config(folder: str | Path) -> LlamaConfig | T5Config:
     return config_from_dict(fields, str(path))
 
 
-def config_from_dict(fields: dict[str, Any], where: str = "config.json") -> LlamaConfig | T5Config:
+def config_from_dict(fields: dict[str, Any], where: str = "config.json") -> Config:
     """Returns the backbone's config for the fields of a Hugging Face `config.json`.
 
     Raises `UserError`, naming `where` and the field, for a model type, a value or a field that is not implemented.
 
-    >>> config_from_dict({"model_type": "gpt2"})
+    >>> config_from_dict({"model_type": "bert"})
     Traceback (most recent call last):
-    deptjax.errors.UserError: config.json: 'model_type' is 'gpt2': expected one of llama, mistral, t5, mt5
+    deptjax.errors.UserError: config.json: 'model_type' is 'bert': expected one of gpt2, llama, mistral, mt5, t5
     """
     config = _Fields(fields, where)
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         config.refuse("model_type", f"expected one of {', '.join(FAMILIES)}{nearest(str(kind), FAMILIES)}")
-    return _llama(config, kind) if kind in ("llama", "mistral") else _t5(config, kind)
+    return FAMILIES[kind](config, kind)
 
 
 def _llama(config: _Fields, kind: str) -> LlamaConfig:
@@ -225,9 +250,6 @@ def _t5(config: _Fields, kind: str) -> T5Config:
     # files of mT5 never scale, whatever they say of the tie.
     scaled = kind == "t5" and bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)))
     layers = config.number("num_layers")
-    dropout = config.get("dropout_rate", 0.1)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        config.refuse("dropout_rate", "expected a number from 0 up to, not including, 1")
     return T5Config(
         vocab_size=config.number("vocab_size"),
         width=config.number("d_model"),
@@ -241,11 +263,45 @@ def _t5(config: _Fields, kind: str) -> T5Config:
         tied=scaled,
         relative_buckets=config.number("relative_attention_num_buckets", 32),
         relative_max_distance=config.number("relative_attention_max_distance", 128),
-        dropout_rate=float(dropout),
+        dropout_rate=config.rate("dropout_rate", 0.1),
         norm_eps=config.number("layer_norm_epsilon", 1e-6, float),
         decoder_start_token=int(config.get("decoder_start_token_id", config.get("pad_token_id", 0))),
     )
 
+
+def _gpt2(config: _Fields, kind: str) -> GPT2Config:
+    config.only(_GPT2, _GPT2_FIXED)
+    width, heads = config.number("n_embd"), config.number("n_head")
+    if width % heads:
+        config.refuse("n_head", f"it does not divide n_embd ({width})")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        config.refuse("activation_function", f"expected one of {', '.join(ACTIVATIONS)}")
+    dropout = config.rate("resid_pdrop", 0.1)
+    for field in ("embd_pdrop", "attn_pdrop"):
+        if config.rate(field, 0.1) != dropout:
+            config.refuse(field, f"resid_pdrop is {dropout}; one rate for all is implemented, so make them equal")
+    return GPT2Config(
+        vocab_size=config.number("vocab_size"),
+        width=width,
+        num_layers=config.number("n_layer"),
+        num_heads=heads,
+        mlp_dim=config.number("n_inner", 4 * width),
+        max_positions=config.number("n_positions", 1024),
+        activation=activation,
+        norm_eps=config.number("layer_norm_epsilon", 1e-5, float),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        dropout_rate=dropout,
+    )
+
+
+FAMILIES: dict[str, Callable[[_Fields, str], Config]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _llama,
+    "mt5": _t5,
+    "t5": _t5,
+}
 
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")  # of huggingface_hub, by age
 

@@ -39,7 +39,7 @@ def load_backbone(
       dtype: of the parameters and of the computation, `float32` or `bfloat16`.
       scan_layers: stack the layers on a leading axis, for models that compile slowly layer by layer.
       revision: a branch, tag or commit of a model on the hub.
-      dropout_rate: replaces the dropout rate in T5's config; the LLaMA family has no dropout.
+      dropout_rate: replaces the dropout rate in T5's or GPT-2's config; the LLaMA family has no dropout.
       tokenizer: replaces the tokenizer beside the weights: a folder, `spiece.model`, `tokenizer.json`, `packaged:t5`,
         `packaged:mt5`, a name on the hub, or a loaded transformers tokenizer. T5X checkpoints have none of their own.
       place: `place(path, array)` turns each finished host array into the tree's leaf, for instance a sharded one; by

@@ -1,7 +1,8 @@
 """Which stored tensor fills which leaf: Hugging Face's names against the parameter trees of ARCHITECTURE.md.
 
 Torch stores a projection as (out, in), the trees hold kernels as (in, out); T5's relative bias is stored as
-(buckets, N) and held as (N, buckets). Everything else is equal as it stands. The tables read both ways: they import
+(buckets, N) and held as (N, buckets). GPT-2's files hold kernels as (in, out) too, query, key and value side by side in
+one tensor. Everything else is equal as it stands. The tables read both ways: they import
 checkpoints, and a tuned tree can be written back with them.
 """
 
@@ -12,11 +13,12 @@ from typing import Any, NamedTuple
 
 Path = tuple[str, ...]
 
-# Stored by old versions, never read: rotary frequencies are a function of the config, and the first cross-attention
-# of some T5 files carries a relative bias that T5 does not use.
+# Stored by old versions, never read: rotary frequencies are a function of the config, the first cross-attention of some
+# T5 files carries a relative bias that T5 does not use, and GPT-2's causal mask is a triangle of ones.
 HARMLESS_TENSORS = re.compile(
     r"(model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
-    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight)"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    r"|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias))"
 )
 
 
@@ -24,7 +26,8 @@ class Entry(NamedTuple):
     """One leaf: its `path` in the unrolled tree, the tensor `name` that fills it, and that tensor's stored `shape`.
 
     `transpose`: the leaf is the tensor transposed. `copies`: tensors that may be present and must then hold the same
-    values. `instead`: the tensor to take when `name` is absent.
+    values. `instead`: the tensor to take when `name` is absent. `part`: which of how many equal pieces of the tensor,
+    along its last axis, the leaf is.
     """
 
     path: Path
@@ -33,11 +36,18 @@ class Entry(NamedTuple):
     transpose: bool = False
     copies: tuple[str, ...] = ()
     instead: str | None = None
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """The shape of the leaf."""
+        shape = (*self.shape[:-1], self.shape[-1] // self.part[1])
+        return shape[::-1] if self.transpose else shape
 
 
 def entries(config: Any) -> list[Entry]:
     """Returns the entry of every leaf of the backbone that `config` describes."""
-    return llama_entries(config) if config.family == "llama" else t5_entries(config)
+    return {"llama": llama_entries, "gpt2": gpt2_entries, "t5": t5_entries}[config.family](config)
 
 
 def llama_entries(config: Any) -> list[Entry]:
@@ -65,6 +75,43 @@ def llama_entries(config: Any) -> list[Entry]:
     if not config.tied:
         out.append(_kernel(("logits_dense",), "lm_head.weight", width, config.vocab_size))
     return out
+
+
+def gpt2_entries(config: Any) -> list[Entry]:
+    """Returns the entries of a `GPT2Config`, with the names of transformers' `GPT2LMHeadModel` or of its body."""
+    width, mlp = config.width, config.mlp_dim
+    tied = ("lm_head.weight",) if config.tied else ()
+    out = [
+        _gpt2(("token_embedder", "embedding"), "wte.weight", (config.vocab_size, width))._replace(copies=tied),
+        _gpt2(("position_embedder", "embedding"), "wpe.weight", (config.max_positions, width)),
+    ]
+    for i in range(config.num_layers):
+        layer, name = f"layers_{i}", f"h.{i}."
+        out += _gpt2_norm((layer, "pre_attention_norm"), name + "ln_1", width)
+        for part, leaf in enumerate(("query", "key", "value")):
+            both = _gpt2_linear((layer, "attention", leaf), name + "attn.c_attn", width, 3 * width)
+            out += [entry._replace(part=(part, 3)) for entry in both]
+        out += _gpt2_linear((layer, "attention", "out"), name + "attn.c_proj", width, width)
+        out += _gpt2_norm((layer, "pre_mlp_norm"), name + "ln_2", width)
+        out += _gpt2_linear((layer, "mlp", "up"), name + "mlp.c_fc", width, mlp)
+        out += _gpt2_linear((layer, "mlp", "down"), name + "mlp.c_proj", mlp, width)
+    out += _gpt2_norm(("final_norm",), "ln_f", width)
+    if not config.tied:
+        out.append(_kernel(("logits_dense",), "lm_head.weight", width, config.vocab_size))
+    return out
+
+
+def _gpt2(path: Path, name: str, shape: tuple[int, ...]) -> Entry:
+    return Entry(path, f"transformer.{name}", shape, instead=name)
+
+
+def _gpt2_norm(path: Path, name: str, width: int) -> list[Entry]:
+    return [_gpt2((*path, "scale"), f"{name}.weight", (width,)), _gpt2((*path, "bias"), f"{name}.bias", (width,))]
+
+
+def _gpt2_linear(path: Path, name: str, features_in: int, features_out: int) -> list[Entry]:
+    kernel = _gpt2((*path, "kernel"), f"{name}.weight", (features_in, features_out))
+    return [kernel, _gpt2((*path, "bias"), f"{name}.bias", (features_out,))]
 
 
 def t5_entries(config: Any) -> list[Entry]:

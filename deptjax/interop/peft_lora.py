@@ -5,6 +5,9 @@ Stored as `base_model.model.{module}.lora_A.weight` (R, in) and `.lora_B.weight`
 in rank and alpha (`rank_pattern`, `alpha_pattern`), and layers may have none (`layers_to_transform`). All that is held
 exactly: a smaller rank is filled up with zeros, another scaling goes into B, a layer without LoRA gets zeros. The
 tensors say which modules have LoRA, so `target_modules` is not interpreted.
+
+GPT-2's query, key and value are one module there. Read, each of the three has the module's A and its own rows of B;
+written, the ranks of those that have LoRA stand side by side: A stacked, B a matrix of blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from deptjax.interop.adapters import (
     take,
 )
 from deptjax.interop.array_files import floats
-from deptjax.interop.names import entries
+from deptjax.interop.names import Path, entries
 from deptjax.models.backbone import Backbone
 from deptjax.typing import Tree
 
@@ -41,7 +44,6 @@ _KNOWN = (
 ).split()
 _OFF = {
     "use_dora": "DoRA",
-    "fan_in_fan_out": "kernels stored transposed",
     "modules_to_save": "modules trained beside the adapter",
     "trainable_token_indices": "trained token embeddings",
     "layer_replication": "repeated layers",
@@ -57,12 +59,16 @@ _OFF = {
     "corda_config": "CorDA, which changes the backbone's own weights,",
     "lora_ga_config": "LoRA-GA, which changes the backbone's own weights,",
 }
+_STORED = "fan_in_fan_out"
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the backbone's weights alone
 
 
 def read_lora(config: AdapterConfig, tensors: dict[str, np.ndarray], where: str, backbone: Backbone) -> Adapter:
     """Returns LoRA with the factors of a LORA adapter, lora_a (in, R) and lora_b (R, out) beside each projection."""
-    config.only(_KNOWN, _OFF)
+    if _kernels_are_in_out(backbone):  # peft puts this right by itself where it is not
+        config.only([*_KNOWN, _STORED], _OFF)
+    else:
+        config.only(_KNOWN, {**_OFF, _STORED: "kernels stored transposed"})
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         config.refuse(
             "init_lora_weights",
@@ -87,7 +93,9 @@ def read_lora(config: AdapterConfig, tensors: dict[str, np.ndarray], where: str,
             r = int(ranks[place])
             name_a, name_b = stored[place]
             a[:, :r] = floats(take(tensors, name_a, (r, place.features_in), where), f"{where}: tensor '{name_a}'").T
-            b[:r] = floats(take(tensors, name_b, (place.features_out, r), where), f"{where}: tensor '{name_b}'").T
+            index, count = place.part
+            whole = take(tensors, name_b, (place.features_out * count, r), where)
+            b[:r] = floats(np.split(whole, count)[index], f"{where}: tensor '{name_b}'").T
             factor = _scaling(config, _pattern(config, "alpha_pattern", place, alpha), r) / base
             if factor != 1.0:
                 b *= np.float32(factor)
@@ -123,33 +131,55 @@ def _pattern(config: AdapterConfig, field: str, place: Projection, default: floa
 def lora_files(method: dict[str, Any], trainable: Tree, backbone: Backbone) -> tuple[dict[str, Any], Tree]:
     """Returns the fields of the config, and the tensors, of a LORA adapter."""
     leaves = apart(trainable["backbone"])
-    tensors, modules = {}, []
+    filled: dict[str, list[Projection]] = {}
     for place in projections(backbone.config):
-        path = (*place.path, _SITE, "lora_a")
-        if path in leaves:
-            modules.append(place.module)
-            for leaf, letter in (("lora_a", "A"), ("lora_b", "B")):
-                factor = np.asarray(leaves[(*place.path, _SITE, leaf)], np.float32)
-                tensors[f"{PREFIX}{place.module}.lora_{letter}.weight"] = np.ascontiguousarray(factor.T)
+        if (*place.path, _SITE, "lora_a") in leaves:
+            filled.setdefault(place.module, []).append(place)
+    tensors, wider = {}, {}
+    for module, places in filled.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = _side_by_side(
+            places, leaves
+        )
+        if len(places) > 1:
+            wider[module.rpartition(".")[2]] = len(places)
     alpha = method["alpha"]
     fields = {
         "peft_type": "LORA",
         "r": method["rank"],
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "target_modules": _targets(modules, backbone),
+        "target_modules": _targets(list(filled), backbone),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        _STORED: _kernels_are_in_out(backbone),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {module: times * method["rank"] for module, times in wider.items()},
+        "alpha_pattern": {module: times * alpha for module, times in wider.items()},
     }
     return fields, tensors
+
+
+def _side_by_side(places: list[Projection], leaves: dict[Path, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A (n R, in) and B (out, n R) of the module that these n projections are parts of."""
+    factors = {
+        leaf: [np.asarray(leaves[(*place.path, _SITE, leaf)], np.float32).T for place in places]
+        for leaf in ("lora_a", "lora_b")
+    }
+    a, out, rank = np.concatenate(factors["lora_a"]), places[0].features_out, factors["lora_b"][0].shape[1]
+    b = np.zeros((out * places[0].part[1], len(a)), np.float32)
+    for i, (place, block) in enumerate(zip(places, factors["lora_b"], strict=True)):
+        row = place.part[0] * out
+        b[row : row + out, i * rank : (i + 1) * rank] = block
+    return a, b
+
+
+def _kernels_are_in_out(backbone: Backbone) -> bool:
+    """Returns whether the family's files hold kernels as (in, out), which peft calls fan_in_fan_out."""
+    return not any(entry.transpose for entry in entries(backbone.config) if "layers_0" in entry.path)
 
 
 def _targets(modules: list[str], backbone: Backbone) -> list[str]:

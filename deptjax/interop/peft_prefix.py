@@ -20,7 +20,7 @@ from deptjax.interop.array_files import floats
 from deptjax.interop.names import Path
 from deptjax.interop.peft_prompts import COMMON, EMBEDDINGS, OFF, prompt_fields
 from deptjax.models.backbone import Backbone
-from deptjax.models.llama import rope_angles, rope_frequencies, rotate
+from deptjax.models.rope import rope_angles, rope_frequencies, rotate
 from deptjax.typing import Tree
 
 _KNOWN = [*COMMON, "init_weights", "encoder_hidden_size", "prefix_projection"]
@@ -29,10 +29,10 @@ _KNOWN = [*COMMON, "init_weights", "encoder_hidden_size", "prefix_projection"]
 def read_prefix(config: AdapterConfig, tensors: dict[str, np.ndarray], where: str, backbone: Backbone) -> Adapter:
     """Returns prefix tuning with keys and values (P, K, H) in each layer.
 
-    Raises `UserError` on T5, whose relative bias peft adds to the scores of a prefix and the attention site has not.
+    Raises `UserError` on another family than LLaMA (see `_refusal`).
     """
-    if backbone.config.is_encoder_decoder:
-        config.refuse("peft_type", "on T5 peft's prefixes have a relative position bias, which cannot be held here")
+    if refusal := _refusal(backbone):
+        config.refuse("peft_type", f"{refusal}, which cannot be held here")
     config.only(_KNOWN, OFF)
     if config.get("num_transformer_submodules", 1) != 1:
         config.refuse("num_transformer_submodules", "expected 1 for this backbone")
@@ -52,13 +52,12 @@ def read_prefix(config: AdapterConfig, tensors: dict[str, np.ndarray], where: st
 def prefix_files(method: dict[str, Any], trainable: Tree, backbone: Backbone) -> tuple[dict[str, Any], Tree]:
     """Returns the fields of the config, and the tensors, of a PREFIX_TUNING adapter.
 
-    Raises `UserError` on T5.
+    Raises `UserError` on another family than LLaMA.
     """
     c, length = backbone.config, method["prefix_length"]
-    if c.is_encoder_decoder:
-        AdapterConfig({"peft_type": "PREFIX_TUNING"}, backbone.name).refuse(
-            "peft_type", "on T5 peft adds a relative position bias to the scores of a prefix; write npz or safetensors"
-        )
+    if refusal := _refusal(backbone):
+        config = AdapterConfig({"peft_type": "PREFIX_TUNING"}, backbone.name)
+        config.refuse("peft_type", f"{refusal}; write npz or safetensors")
     leaves = apart(trainable["backbone"])
     pairs = []
     for i in range(c.num_layers):
@@ -74,6 +73,14 @@ def prefix_files(method: dict[str, Any], trainable: Tree, backbone: Backbone) ->
         "prefix_projection": False,
     }
     return fields, {EMBEDDINGS: np.stack(pairs, axis=1).reshape(length, -1)}
+
+
+def _refusal(backbone: Backbone) -> str | None:
+    """Returns what peft does to a prefix on this family that the attention site does not, or `None`."""
+    return {
+        "t5": "on T5 peft adds a relative position bias to the scores of a prefix",
+        "gpt2": "on GPT-2 peft moves the text's positions behind the prefix",
+    }.get(backbone.config.family)
 
 
 def _turned(keys: np.ndarray, positions: int, backbone: Backbone) -> np.ndarray:

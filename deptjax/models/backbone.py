@@ -24,7 +24,7 @@ _ROWS = 4096  # rows of the embedding table looked at together
 class Backbone:
     """A frozen model.
 
-    `name` is what it was loaded from, `config` a `LlamaConfig` or `T5Config`, `params` its parameter tree
+    `name` is what it was loaded from, `config` a `T5Config`, `LlamaConfig` or `GPT2Config`, `params` its parameter tree
     (ARCHITECTURE.md has the paths and shapes), `tokenizer` a transformers tokenizer.
     """
 

@@ -1,4 +1,4 @@
-"""What both backbones are made of: projections with their site, the RMS norm, the embedding and the head."""
+"""What backbones are made of: projections with their site, norms, activations, the embedding and the head."""
 
 from __future__ import annotations
 
@@ -12,24 +12,35 @@ from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, Resi
 from deptjax.models.attention import KV, Segment, heads_in_front
 from deptjax.typing import Array, Float
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "silu": nn.silu,
+}
+
 
 class Linear(nn.Module):
-    """A projection without bias, `x @ kernel`, and its `linear` site.
+    """A projection, `x @ kernel` or `x @ kernel + bias`, and its `linear` site.
 
     Attributes:
       features: O, width of the result.
       place: the path of its site.
       sites: what fills the sites.
+      bias: whether there is one.
     """
 
     features: int
     place: str
     sites: Sites = NO_SITES
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            y = y + _wide(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         if self.sites.linear is None:
             return y
         fill = self.sites.linear(LinearSite(self.place, x.shape[-1], self.features), SITE)
@@ -46,7 +57,27 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+        return wide.astype(x.dtype) * _wide(scale, x)
+
+
+class LayerNorm(nn.Module):
+    """`scale * (x - mean(x)) / sqrt(var(x) + eps) + bias`, mean and variance in float32. Ba et al. 2016, 1607.06450."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * _wide(scale, x) + _wide(bias, x)
+
+
+def _wide(vector: Array, x: Array) -> Array:
+    """Returns a vector (D,) in the shape (..., D) and the dtype of `x`."""
+    return jnp.broadcast_to(vector.astype(x.dtype), x.shape)
 
 
 class Embedding(nn.Module):

@@ -3,54 +3,22 @@
     x = x + out(attention(rope(q), rope(k), v))      of RMSNorm(x), causal, grouped-query
     x = x + down(silu(gate(y)) * up(y))              of y = RMSNorm(x)
 
-Touvron et al. 2023 (arXiv 2302.13971 and 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783), Su et al. 2021 for
-the rotary embedding (arXiv 2104.09864).
-
-Nothing in a prompt that comes first sees the text behind it, so when the prompt is the same for all rows it travels
-through the blocks as a stream of its own, (M, D) beside (B, T, D): M positions a batch instead of M a row, exact, and
-gradients included. Every row attends to its keys and values. For inference these keys and values are a thing of their
-own, the prompt's `Front`, made once and given to `start` with every text.
+Touvron et al. 2023 (arXiv 2302.13971 and 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783). What it has in common
+with other causal models is in `deptjax.models.causal`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.attention import (
-    KV,
-    Segment,
-    append,
-    attend,
-    causal_bias,
-    front_bias,
-    heads_in_front,
-    mask_bias,
-    step_bias,
-)
-from deptjax.typing import Array, Bool, Float, Int
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for a longer context.
-
-    `linear` divides all of them by `factor`; `llama3` divides the slow ones, keeps the fast ones, and blends between
-    (the rule of Llama 3.1).
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+from deptjax.models.causal import CausalModel, Placed
+from deptjax.models.rope import RopeScaling, rope_angles, rope_frequencies
+from deptjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +28,7 @@ class LlamaConfig:
     family: ClassVar[str] = "llama"
     is_encoder_decoder: ClassVar[bool] = False
     prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
+    dropout_rate: ClassVar[float] = 0.0
 
     vocab_size: int
     width: int
@@ -86,125 +55,6 @@ class LlamaConfig:
         return Llama(self, sites)
 
 
-def rope_frequencies(config: LlamaConfig) -> Float[Array, "half"]:
-    """Returns the rotary frequencies in radians a position, (H / 2,), with the scaling of the config."""
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_positions / wavelengths  # of a frequency within the original context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return frequencies * (blend + (1 - blend) / scaling.factor)
-
-
-def rope_angles(positions: Int[Array, "*B T"], frequencies: Float[Array, "half"]) -> tuple[Array, Array]:
-    """Returns cos and sin of the rotary angles, each (..., T, 1, H / 2): the same for every head."""
-    angles = positions[..., None, None].astype(jnp.float32) * jnp.expand_dims(
-        frequencies, tuple(range(positions.ndim + 1))
-    )
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "*B T N H"], rope: tuple[Array, Array]) -> Float[Array, "*B T N H"]:
-    """Returns queries or keys turned by their position; dimension i pairs with i + H / 2."""
-    shape = (*x.shape[:-1], x.shape[-1] // 2)
-    cos, sin = (jnp.broadcast_to(a.reshape((1,) * (x.ndim - a.ndim) + a.shape), shape).astype(x.dtype) for a in rope)
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer: of the text, and of the new tokens.
-
-    With beams the text's have one row, which all beams share, and those of the new tokens a row a beam.
-    """
-
-    source: KV
-    new: KV
-
-
-class Past(NamedTuple):
-    """What a layer attends to beside the stream itself: the prompt's keys and values (K, M, H), and its cache."""
-
-    prompt: KV | None
-    cache: LayerCache | None
-
-
-class Front(NamedTuple):
-    """What a prompt is to the texts behind it: keys and values (K, M, H) a layer, and how many of the M are real.
-
-    The real ones come last; a `length` of `None` says that all are.
-    """
-
-    layers: Any
-    length: Int[Array, ""] | None
-
-
-class Cache(NamedTuple):
-    """What decoding needs of the past: one `LayerCache` a layer, which source keys are real, and where rows go on."""
-
-    layers: Any
-    source_bias: Float[Array, "B 1 1 T"]
-    next_position: Int[Array, "B"]
-
-
-class Context(NamedTuple):
-    """What is the same for all layers: the rotary angles of each stream, the biases, the step when decoding."""
-
-    rope: tuple[Array, Array]
-    bias: Array
-    prompt_rope: tuple[Array, Array] | None = None
-    prompt_bias: Array | None = None
-    source_bias: Array | None = None
-    step: Array | int = 0
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention of the text, of the shared prompt, or of new tokens behind a cache."""
-
-    config: LlamaConfig
-    sites: Sites
-
-    @nn.compact
-    def __call__(
-        self, x: Array, prompt: Array | None, context: Context, past: Past | None
-    ) -> tuple[Array, Array | None, KV]:
-        c = self.config
-        heads = {"query": c.num_heads, "key": c.num_kv_heads, "value": c.num_kv_heads}
-        project = {
-            name: layers.Linear(count * c.head_dim, f"attention/{name}", self.sites, name=name)
-            for name, count in heads.items()
-        }
-        out = layers.Linear(c.width, "attention/out", self.sites, name="out")
-        extra = layers.extra_segments(self.sites, "attention", c.num_kv_heads, c.head_dim, x.dtype)
-
-        def qkv(stream: Array, rope: tuple[Array, Array]) -> tuple[Array, KV]:
-            q, k, v = (project[n](stream).reshape(*stream.shape[:-1], heads[n], c.head_dim) for n in heads)
-            return rotate(q, rope), KV(heads_in_front(rotate(k, rope)), heads_in_front(v))
-
-        def mix(query: Array, segments: list[Segment]) -> Array:
-            mixed = attend(query, extra + segments, c.head_dim**-0.5)
-            return out(mixed.reshape(*mixed.shape[:-2], -1))
-
-        query, kv = qkv(x, context.rope)
-        if past is not None:
-            seen = [] if past.prompt is None else [Segment(past.prompt, context.prompt_bias)]
-            if past.cache is not None:
-                seen.append(Segment(past.cache.source, context.source_bias))
-                kv = append(past.cache.new, kv, context.step)
-            return mix(query, [*seen, Segment(kv, context.bias)]), None, kv
-        if prompt is None:
-            return mix(query, [Segment(kv, context.bias)]), None, kv
-        assert context.prompt_rope is not None
-        prompt_query, prompt_kv = qkv(prompt, context.prompt_rope)
-        prompt = mix(prompt_query[None], [Segment(prompt_kv, context.prompt_bias)])[0]
-        return mix(query, [Segment(prompt_kv), Segment(kv, context.bias)]), prompt, kv
-
-
 class MLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
 
@@ -212,223 +62,20 @@ class MLP(nn.Module):
     sites: Sites
 
     @nn.compact
-    def __call__(self, *streams: Array) -> tuple[Array, ...]:
+    def __call__(self, x: Array) -> Array:
         def linear(name: str, features: int) -> layers.Linear:
             return layers.Linear(features, f"mlp/{name}", self.sites, name=name)
 
         gate, up = linear("gate", self.config.mlp_dim), linear("up", self.config.mlp_dim)
-        down = linear("down", self.config.width)
-        return tuple(down(nn.silu(gate(x)) * up(x)) for x in streams)
+        return linear("down", self.config.width)(nn.silu(gate(x)) * up(x))
 
 
-class Block(nn.Module):
-    """One layer. Streams are the text (B, T, D) and, when it is shared, the prompt (M, D)."""
+class Llama(CausalModel):
+    """The backbone. It has no dropout, so `deterministic` changes nothing; positions are angles of queries and keys."""
 
-    config: LlamaConfig
-    sites: Sites
+    norm: ClassVar[type[nn.Module]] = layers.RMSNorm
+    mlp: ClassVar[type[nn.Module]] = MLP
 
-    @nn.compact
-    def __call__(
-        self, streams: tuple[Array, Array | None], context: Context, past: Past | None
-    ) -> tuple[tuple[Array, Array | None], KV]:
-        c = self.config
-        norm = layers.RMSNorm(c.norm_eps, name="pre_attention_norm")
-        x, prompt = streams
-        mixed, mixed_prompt, kv = Attention(c, self.sites, name="attention")(
-            norm(x), None if prompt is None else norm(prompt), context, past
-        )
-        fill = layers.residual_fill(self.sites, "attention", c.width)
-        x = x + fill(mixed)
-        if prompt is not None and mixed_prompt is not None:
-            prompt = prompt + fill(mixed_prompt)
-
-        norm, mlp = layers.RMSNorm(c.norm_eps, name="pre_mlp_norm"), MLP(c, self.sites, name="mlp")
-        fill = layers.residual_fill(self.sites, "mlp", c.width)
-        present = [s for s in (x, prompt) if s is not None]
-        results = mlp(*(norm(s) for s in present))
-        present = [s + fill(y) for s, y in zip(present, results, strict=True)]
-        return (present[0], present[1] if len(present) > 1 else None), kv
-
-
-class Llama(nn.Module):
-    """The backbone. Its methods take embedded text, so that a method can act between `embed` and the blocks."""
-
-    config: LlamaConfig
-    sites: Sites = NO_SITES
-
-    def setup(self) -> None:
-        c = self.config
-        self.token_embedder = layers.Embedding(c.vocab_size, c.width, c.dtype)
-        if c.scan_layers:
-            self.layers: Any = nn.scan(
-                Block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
-                length=c.num_layers,
-            )(c, self.sites)
-        else:
-            self.layers = [Block(c, self.sites) for _ in range(c.num_layers)]
-        self.final_norm = layers.RMSNorm(c.norm_eps)
-        if not c.tied:
-            self.logits_dense = layers.Head(c.vocab_size)
-
-    def embed(self, tokens: Int[Array, "*S"]) -> Float[Array, "*S D"]:
-        """Returns the frozen input embeddings of token ids."""
-        return self.token_embedder(tokens)
-
-    def head(self, states: Float[Array, "*S D"], vocab_ids: Int[Array, "C"] | None = None) -> Float[Array, "*S V"]:
-        """Returns float32 logits over the vocabulary, or over `vocab_ids` alone."""
-        return (
-            self.token_embedder.attend(states, vocab_ids) if self.config.tied else self.logits_dense(states, vocab_ids)
-        )
-
-    def target_states(
-        self,
-        source: Float[Array, "B T D"],
-        source_mask: Bool[Array, "B T"],
-        prompt: Float[Array, "*B M D"] | None,
-        targets: Int[Array, "B U"],
-        deterministic: bool = True,
-    ) -> Float[Array, "B U D"]:
-        """Returns the state that predicts each target token, given the source and the targets before it.
-
-        Targets follow the last real token of their row's source: rows are joined without a gap. LLaMA models have no
-        dropout, so `deterministic` changes nothing.
-        """
-        lengths = jnp.sum(source_mask, axis=1)
-        joined = self._join(source, lengths, targets[:, :-1])
-        states, offset = self._run(joined, prompt)
-        places = offset + (lengths - 1)[:, None] + jnp.arange(targets.shape[1])[None]
-        return self.final_norm(jnp.take_along_axis(states, places[..., None], axis=1))
-
-    def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
-        """Returns what the last `length` vectors of a prompt (all of them by default) are to any text behind them."""
-        count = prompt.shape[0]
-        bias, hidden = causal_bias(count), front_bias(count, length)
-        positions = jnp.arange(count) - (0 if length is None else count - length)
-        context = Context(
-            rope=rope_angles(positions, rope_frequencies(self.config)), bias=bias if hidden is None else bias + hidden
-        )
-        _, kvs = self._blocks((prompt[None], None), context, None)
-        axis = 1 if self.config.scan_layers else 0  # of the one row
-        return Front(jax.tree.map(lambda a: jnp.squeeze(a, axis), kvs), length)
-
-    def start(
-        self,
-        source: Float[Array, "B T D"],
-        source_mask: Bool[Array, "B T"],
-        front: Front | None,
-        max_new: int,
-        beams: int = 1,
-    ) -> tuple[Float[Array, "B D"], Cache]:
-        """Returns the state that predicts the first new token, and a cache with room for `max_new` tokens.
-
-        With more than one of `beams` B is 1, and the new tokens come in as many rows.
-        """
-        c = self.config
-        lengths = jnp.sum(source_mask, axis=1)
-        first = self._positions_of(front)
-        context = Context(
-            rope=rope_angles(first + jnp.arange(source.shape[1]), rope_frequencies(c)),
-            bias=causal_bias(source.shape[1]),
-            prompt_bias=self._bias_of(front),
-        )
-        (states, _), kvs = self._blocks((source, None), context, self._past(front, None))
-        last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        stacked = (c.num_layers,) if c.scan_layers else ()
-        room = (*stacked, source.shape[0] * beams, c.num_kv_heads, max_new, c.head_dim)
-
-        def with_room(kv: KV) -> LayerCache:
-            return LayerCache(kv, KV(jnp.zeros(room, c.dtype), jnp.zeros(room, c.dtype)))
-
-        layer_caches = with_room(kvs) if c.scan_layers else tuple(map(with_room, kvs))
-        return self.final_norm(last), Cache(layer_caches, mask_bias(source_mask), first + lengths)
-
-    def extend(
-        self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int, front: Front | None = None
-    ) -> tuple[Float[Array, "B U D"], Cache]:
-        """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them.
-
-        `front` is that which `start` was given.
-        """
-        slots = jax.tree.leaves(cache.layers)[-1].shape[-2]
-        positions = cache.next_position[:, None] + t + jnp.arange(tokens.shape[1])[None]
-        context = Context(
-            rope=rope_angles(positions, rope_frequencies(self.config)),
-            bias=step_bias(tokens.shape[1], slots, t),
-            prompt_bias=self._bias_of(front),
-            source_bias=cache.source_bias,
-            step=t,
-        )
-        (states, _), new = self._blocks((self.embed(tokens), None), context, self._past(front, cache))
-        if self.config.scan_layers:
-            caches = cache.layers._replace(new=new)
-        else:
-            caches = tuple(old._replace(new=kv) for old, kv in zip(cache.layers, new, strict=True))
-        return self.final_norm(states), cache._replace(layers=caches)
-
-    def _past(self, front: Front | None, cache: Cache | None) -> Any:
-        """Returns what each layer attends to beside the stream: a `Past` a layer, or one of stacked arrays."""
-        prompts = None if front is None else front.layers
-        caches = None if cache is None else cache.layers
-        if self.config.scan_layers:
-            return Past(prompts, caches)
-        nothing = (None,) * self.config.num_layers
-        return tuple(map(Past, prompts or nothing, caches or nothing))
-
-    @staticmethod
-    def _bias_of(front: Front | None) -> Array | None:
-        return None if front is None else front_bias(_vectors(front), front.length)
-
-    @staticmethod
-    def _positions_of(front: Front | None) -> Array | int:
-        """Returns how many positions a prompt takes: that of the text's first token."""
-        if front is None:
-            return 0
-        return _vectors(front) if front.length is None else front.length
-
-    def _join(self, source: Array, lengths: Array, tokens: Array) -> Array:
-        """Returns source embeddings with the embedded tokens right behind each row's last real source token."""
-        if tokens.shape[1] == 0:
-            return source
-        both = jnp.concatenate([source, self.embed(tokens)], axis=1)
-        column = jnp.arange(both.shape[1])[None]
-        behind = column - lengths[:, None]  # index among the targets, where not negative
-        places = jnp.where(behind < 0, column, jnp.minimum(source.shape[1] + behind, both.shape[1] - 1))
-        return jnp.take_along_axis(both, places[..., None], axis=1)
-
-    def _run(self, x: Array, prompt: Array | None) -> tuple[Array, int]:
-        """Runs the blocks over text (B, T, D) behind a prompt.
-
-        Returns the states, and the number of leading columns in them that are a prompt of each row's own. Rows are
-        padded on the right, so causality alone hides the padding.
-        """
-        frequencies = rope_frequencies(self.config)
-        offset = 0
-        if prompt is not None and prompt.ndim == 3:
-            x, offset, prompt = jnp.concatenate([prompt, x], axis=1), prompt.shape[1], None
-        shared = 0 if prompt is None else prompt.shape[0]
-        context = Context(
-            rope=rope_angles(shared + jnp.arange(x.shape[1]), frequencies),
-            bias=causal_bias(x.shape[1]),
-            prompt_rope=None if prompt is None else rope_angles(jnp.arange(shared), frequencies),
-            prompt_bias=None if prompt is None else causal_bias(shared),
-        )
-        (x, _), _ = self._blocks((x, prompt), context, None)
-        return x, offset
-
-    def _blocks(self, streams: tuple[Array, Array | None], context: Context, past: Any) -> tuple[Any, Any]:
-        """Returns the streams behind the last block, and the text's keys and values: a `KV` a layer, or one stacked."""
-        if self.config.scan_layers:
-            return self.layers(streams, context, past)
-        kvs = []
-        for i, block in enumerate(self.layers):
-            streams, kv = block(streams, context, None if past is None else past[i])
-            kvs.append(kv)
-        return streams, tuple(kvs)
-
-
-def _vectors(front: Front) -> int:
-    """Returns M, the vectors of a prompt, real or not."""
-    return int(jax.tree.leaves(front.layers)[0].shape[-2])
+    def placed(self, x: Array, positions: Array, deterministic: bool = True) -> Placed:
+        """Returns the stream as it is, and the angles of its positions."""
+        return Placed(x, rope_angles(positions, rope_frequencies(self.config)))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -29,13 +28,6 @@ from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, mask_bias, step_bias
 from deptjax.typing import Array, Bool, Float, Int
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: nn.gelu(x, approximate=True),
-    "silu": nn.silu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +61,8 @@ class T5Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            known, hint = ", ".join(ACTIVATIONS), nearest(self.activation, ACTIVATIONS)
+        if self.activation not in layers.ACTIVATIONS:
+            known, hint = ", ".join(layers.ACTIVATIONS), nearest(self.activation, layers.ACTIVATIONS)
             raise UserError(f"t5: activation '{self.activation}' is not known; use one of: {known}.{hint}")
         if self.relative_buckets < 4 or self.relative_max_distance <= self.relative_buckets // 2:
             raise UserError(
@@ -231,7 +223,7 @@ class MLP(nn.Module):
         def linear(name: str, features: int) -> layers.Linear:
             return layers.Linear(features, f"{self.place}/{name}", self.sites, name=name)
 
-        hidden = ACTIVATIONS[c.activation](linear("wi_0" if c.gated else "wi", c.mlp_dim)(x))
+        hidden = layers.ACTIVATIONS[c.activation](linear("wi_0" if c.gated else "wi", c.mlp_dim)(x))
         if c.gated:
             hidden = hidden * linear("wi_1", c.mlp_dim)(x)
         hidden = nn.Dropout(c.dropout_rate)(hidden, deterministic=deterministic)

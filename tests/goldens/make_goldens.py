@@ -50,6 +50,30 @@ _T5 = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+_GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "vocab_size": 53,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 64,
+    "n_ctx": 64,
+    "layer_norm_epsilon": 1e-5,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "initializer_range": 0.02,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     # Llama 1 as first published: neither key-value heads nor anything of the rotary embedding in the file.
     "llama_mha": _LLAMA,
@@ -103,6 +127,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "tokenizer_class": "ByT5Tokenizer",
     },
+    "gpt2": _GPT2,
+    "gpt2_untied": {
+        **_GPT2,
+        "activation_function": "gelu",
+        "n_inner": 31,
+        "n_layer": 3,
+        "n_head": 2,
+        "tie_word_embeddings": False,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+    },
 }
 
 
@@ -142,9 +178,13 @@ def make_model(fields: dict[str, Any], seed: int) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             values = random.standard_normal(tuple(weight.shape)).astype(np.float32)
-            if "norm" in name:
+            if "norm" in name or (".ln_" in name and name.endswith("weight")):
                 values = 1 + 0.2 * values
-            elif "embed" not in name and "shared" not in name and "relative" not in name:
+            elif name.endswith("bias"):
+                values = 0.3 * values
+            elif "c_" in name:  # GPT-2's kernels are (in, out)
+                values = values / np.sqrt(np.float32(weight.shape[0]))
+            elif not any(table in name for table in ("embed", "shared", "relative", ".wte", ".wpe")):
                 values = values / np.sqrt(np.float32(weight.shape[1]))
             weight.copy_(torch.from_numpy(values))
     return model
@@ -157,7 +197,7 @@ def weights_of(model: Any) -> dict[str, np.ndarray]:
 
 def run(model: Any, data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Returns logits (B, U, V) and the gradient of the scalar (B, T, D), by torch."""
-    forward = _run_t5 if model.config.is_encoder_decoder else _run_llama
+    forward = _run_t5 if model.config.is_encoder_decoder else _run_causal
     return forward(model, data)
 
 
@@ -176,7 +216,7 @@ def _run_t5(model: Any, data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.nda
     return logits.detach().numpy(), embeds.grad.numpy()
 
 
-def _run_llama(model: Any, data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _run_causal(model: Any, data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     import torch
 
     # Targets follow the real source at once: row b's are at lengths[b], lengths[b] + 1, ...

@@ -72,6 +72,11 @@ ADAPTERS: dict[str, Adapter] = {
         safetensors=False,
     ),
     "peft_lora_t5": Adapter("t5_v1_1", "LoraConfig", {"r": 2, "lora_alpha": 3, "target_modules": ["q", "v", "wo"]}),
+    "peft_lora_gpt2": Adapter(
+        "gpt2_untied",
+        "LoraConfig",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
 }
 
 

@@ -20,6 +20,8 @@ LENGTHS, NEW, ROOM = (7, 3, 5), 9, 16
 ROWS = rows_of(LENGTHS)
 CASES = [(f, m) for f in ("llama", "t5") for m in ("zero_shot", "prompt_tuning", "dept", "lora")]
 
+CASES.append(("gpt2", "dept"))
+
 
 @functools.cache
 def likely(family: str, method: str) -> tuple[int, ...]:

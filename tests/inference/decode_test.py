@@ -20,6 +20,7 @@ from tests.inference.torch_oracle import PAD, assert_same_texts, controls_of, to
 LENGTHS, NEW, ROOM = (7, 3, 5, 1), 6, 8
 ROWS = rows_of(LENGTHS)
 CASES = [(f, m) for f in ("llama", "t5") for m in ("dept", "prompt_tuning", "lora", "full", "zero_shot")]
+CASES += [("gpt2", "dept"), ("gpt2", "lora")]
 WITH_TORCH = [(f, m) for f, m in CASES if m != "full"]
 
 

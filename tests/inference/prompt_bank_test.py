@@ -29,6 +29,7 @@ SIZES: dict[str, tuple[Method, Method]] = {
     "lora": (LoRA(rank=2, alpha=3.0), LoRA(rank=3)),
 }
 CASES = [(f, k, s) for f in ("llama", "t5") for k in SIZES for s in (False, True)]
+CASES += [("gpt2", "dept", False), ("gpt2", "prompt_tuning", True)]
 start = jax.jit(start_rows, static_argnums=(0, 5))
 
 

@@ -16,7 +16,7 @@ from deptjax.interop.convert import fill_tree
 from deptjax.interop.gguf import GGUFFile, config_from_gguf
 from deptjax.interop.huggingface import config_from_dict
 from deptjax.interop.names import entries
-from deptjax.models.llama import RopeScaling, rope_frequencies
+from deptjax.models.rope import RopeScaling, rope_frequencies
 from tests.goldens.make_goldens import FOLDER
 
 _NAMES = {

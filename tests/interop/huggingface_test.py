@@ -11,12 +11,14 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.interop.huggingface import config_from_dict, download, read_config
-from deptjax.models.llama import LlamaConfig, RopeScaling
+from deptjax.models.gpt2 import GPT2Config
+from deptjax.models.llama import LlamaConfig
+from deptjax.models.rope import RopeScaling
 from deptjax.models.t5 import T5Config
 from tests.goldens.make_goldens import VARIANTS
 
 LLAMA, T5 = VARIANTS["llama_gqa"], VARIANTS["t5_v1_1"]
-MISTRAL = VARIANTS["mistral"]
+MISTRAL, GPT2 = VARIANTS["mistral"], VARIANTS["gpt2"]
 
 
 def llama(**fields: Any) -> LlamaConfig:
@@ -59,6 +61,18 @@ def test_t5_fields() -> None:
         gated=True,
         tied=False,
     )
+
+
+def test_gpt2_fields() -> None:
+    assert config_from_dict(GPT2) == GPT2Config(
+        vocab_size=53, width=24, num_layers=2, num_heads=3, mlp_dim=96, max_positions=64
+    )
+    assert config_from_dict({**GPT2, "n_inner": 31, "n_ctx": None, "resid_pdrop": None}) == config_from_dict(
+        {**GPT2, "n_inner": 31}
+    )
+    quiet = config_from_dict({**GPT2, **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0)})
+    assert isinstance(quiet, GPT2Config)
+    assert quiet.dropout_rate == 0.0
 
 
 @pytest.mark.parametrize(
@@ -148,6 +162,16 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         (LLAMA, {"vocab_size": -1}, "vocab_size"),
         (LLAMA, {"logit_scale": 0.5}, "logit_scale"),
         (LLAMA, {"num_layers": 2}, "num_layers"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights"),
+        (GPT2, {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention"),
+        (GPT2, {"activation_function": "tanh"}, "activation_function"),
+        (GPT2, {"n_head": 5}, "n_head"),
+        (GPT2, {"n_embd": None}, "n_embd"),
+        (GPT2, {"attn_pdrop": 0.2}, "attn_pdrop"),
+        (GPT2, {"embd_pdrop": -0.1}, "embd_pdrop"),
+        (GPT2, {"rotary_dim": 4}, "rotary_dim"),
         (T5, {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj"),
         (T5, {"feed_forward_proj": "silent-relu"}, "feed_forward_proj"),
         (T5, {"dense_act_fn": "relu"}, "dense_act_fn"),

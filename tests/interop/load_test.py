@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from deptjax.errors import UserError
 from deptjax.interop.load import load_backbone
 from deptjax.interop.names import entries
-from deptjax.models.llama import RopeScaling
+from deptjax.models.rope import RopeScaling
 from deptjax.models.t5 import T5Config
 from deptjax.testing import random_params, tiny_llama, tiny_t5, tiny_tokenizer
 from tests.goldens.make_goldens import FOLDER
@@ -56,7 +56,7 @@ def change_weights(folder: Path, **changes: np.ndarray | None) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("name", ["llama_gqa", "llama_tied", "t5_v1_0", "t5_v1_1", "byt5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "llama_tied", "t5_v1_0", "t5_v1_1", "byt5"])
 def test_the_tree_is_the_one_that_the_module_expects(name: str, scan_layers: bool, dtype: str, tmp_path: Path) -> None:
     backbone = load_backbone(write_folder(name, tmp_path), dtype=dtype, scan_layers=scan_layers)
     config = backbone.config
@@ -102,6 +102,7 @@ def test_the_scale_of_the_embeddings() -> None:
 def test_dropout_can_be_replaced_where_there_is_any(tmp_path: Path) -> None:
     t5 = write_folder("t5_v1_0", tmp_path / "t5")
     llama = write_folder("llama_mha", tmp_path / "llama")
+    assert load_backbone(write_folder("gpt2", tmp_path / "gpt2"), dropout_rate=0.3).config.dropout_rate == 0.3
     config = load_backbone(t5, dropout_rate=0.3).config
     assert isinstance(config, T5Config)
     assert (config.dropout_rate, load_backbone(t5).config.dropout_rate) == (0.3, 0.1)
@@ -182,6 +183,36 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path: Path)
     tiny_tokenizer(tuple(f"w{i}" for i in range(80))).save_pretrained(folder)
     with pytest.raises(UserError, match="the tokenizer has 83 tokens but the model only 61 embeddings"):
         load_backbone(folder)
+
+
+def test_gpt2_is_read_with_or_without_its_prefix_and_its_mask(tmp_path: Path) -> None:
+    """The hub's files have no `transformer.` in front, and the causal mask as a buffer in each layer."""
+    prefixed = write_folder("gpt2_untied", tmp_path / "prefixed")
+    weights = load_file(prefixed / "model.safetensors")
+    body = write_folder("gpt2_untied", tmp_path / "body")
+    bare = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    mask = np.tril(np.ones((1, 1, 64, 64), np.float32))
+    save_file({**bare, "h.0.attn.bias": mask, "h.0.attn.masked_bias": mask[0, 0, 0]}, body / "model.safetensors")
+    loaded, again = load_backbone(prefixed).params, load_backbone(body).params
+    jax.tree.map(np.testing.assert_array_equal, again, loaded)
+    attention = loaded["layers_1"]["attention"]
+    for leaf, axis in (("kernel", 1), ("bias", 0)):
+        whole = np.concatenate([attention[name][leaf] for name in ("query", "key", "value")], axis=axis)
+        stored = weights[f"transformer.h.1.attn.c_attn.{leaf.replace('kernel', 'weight')}"]
+        np.testing.assert_array_equal(whole, stored)
+    change_weights(body, h__1__ln_1__weight=None)
+    with pytest.raises(UserError, match=r"tensor 'transformer\.h\.1\.ln_1\.weight' is missing"):
+        load_backbone(body)
+    change_weights(prefixed, wte__weight=bare["wte.weight"])
+    with pytest.raises(UserError, match=r"tensor 'wte\.weight' is not one that this model has"):
+        load_backbone(prefixed)
+
+
+def test_a_vector_that_is_cut_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder("gpt2", tmp_path)
+    whole = load_backbone(folder).params
+    monkeypatch.setattr("deptjax.interop.safetensors.BLOCK_BYTES", 40)  # ten numbers, of a vector of three times 24
+    jax.tree.map(np.testing.assert_array_equal, load_backbone(folder).params, whole)
 
 
 def write_gguf(path: Path) -> Path:

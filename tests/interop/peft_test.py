@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 import deptjax
 from deptjax.errors import UserError
 from deptjax.interop.prompts import export_prompt, load_prompt
+from deptjax.methods import LoRA
 from deptjax.prompt import Prompt
-from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
+from deptjax.testing import save_hf_folder, tiny_gpt2, tiny_llama, tiny_t5
 from tests.cases import METHODS, make_case, some_batch
 from tests.goldens.make_goldens import VARIANTS, make_model
 from tests.goldens.make_peft_goldens import data_of, folder_of, logits_of
@@ -77,6 +78,8 @@ def peft_logits(base: Any, folder: Path, data: dict[str, np.ndarray]) -> np.ndar
 @pytest.mark.parametrize(
     ("family", "method"),
     [
+        ("gpt2", "prompt_tuning"),
+        ("gpt2", "lora"),
         ("llama", "prompt_tuning"),
         ("llama", "lora"),
         ("llama", "prefix_tuning"),
@@ -87,10 +90,10 @@ def peft_logits(base: Any, folder: Path, data: dict[str, np.ndarray]) -> np.ndar
 def test_what_is_tuned_here_has_our_logits_in_peft(family: str, method: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    backbone = {"llama": tiny_llama, "t5": tiny_t5}[family]()
+    backbone = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}[family]()
     case = make_case(backbone, METHODS[method])
     prompt = case.prompt()
-    auto = {"llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}[family]
+    auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
     data = {key: np.asarray(value) for key, value in some_batch().items()}
     wanted = np.asarray(case.logits(case.moved, case.frozen, some_batch()))
     folder = save_hf_folder(backbone, tmp_path / "model")
@@ -98,6 +101,10 @@ def test_what_is_tuned_here_has_our_logits_in_peft(family: str, method: str, tmp
     export_prompt(prompt, backbone, tmp_path / "adapter", "peft")
     assert_close(peft_logits(base, tmp_path / "adapter", data), wanted, data["target_mask"])
     again = load_prompt(tmp_path / "adapter", backbone)
+    if (family, method) == ("gpt2", "lora"):  # query and value come back as parts of one module of twice the rank
+        assert again.method == LoRA(6, 32.0, "^(attention/key|attention/query|attention/value)$")
+        assert_close(our_logits(backbone, again, data), wanted, data["target_mask"], 1e-5)
+        return
     jax.tree.map(  # keys are turned and turned back
         lambda got, want: np.testing.assert_allclose(got, want, rtol=0, atol=1e-6), again.trainable, prompt.trainable
     )
@@ -238,11 +245,15 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
         load_prompt(tmp_path / "a", tiny_t5())
 
 
+def test_prefixes_on_gpt2_are_refused(tmp_path: Path) -> None:
+    """peft's stand in front of a text whose positions start behind them; ours leave the positions alone."""
+    with pytest.raises(UserError, match="'peft_type' is \"PREFIX_TUNING\": on GPT-2 peft moves the text's positions"):
+        load_prompt(write_adapter("peft_prefix_llama", tmp_path / "x"), tiny_gpt2())
+
+
 def test_prefixes_on_t5_are_refused(tmp_path: Path) -> None:
     folder = write_adapter("peft_prefix_llama", tmp_path / "x", task_type="SEQ_2_SEQ_LM")
-    with pytest.raises(
-        UserError, match="'peft_type' is \"PREFIX_TUNING\": on T5 peft's prefixes have a relative position"
-    ):
+    with pytest.raises(UserError, match=r"'peft_type' is \"PREFIX_TUNING\": on T5 peft adds .* cannot be held here"):
         load_prompt(folder, tiny_t5())
     case = make_case(tiny_t5(), METHODS["prefix_tuning"])
     with pytest.raises(UserError, match="'peft_type' is \"PREFIX_TUNING\": on T5 peft adds a relative position bias"):

@@ -15,6 +15,8 @@ from deptjax.training.state import count_parameters
 from tests.cases import METHODS, Case, backbone_of, batch_of, case_of, make_case, rows_of, some_batch
 
 CASES = [(b, m, scan) for b in ("llama", "t5") for m in METHODS for scan in (False, True)]
+# What a family adds to the others' blocks is in its own tests; here, each of its sites once.
+CASES += [("gpt2", "dept", True), ("gpt2", "lora", False), ("gpt2", "full", False)]
 LAYER, MODEL = 1e-5, 1e-4
 
 

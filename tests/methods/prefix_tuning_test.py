@@ -10,8 +10,9 @@ import pytest
 from deptjax.errors import UserError
 from deptjax.methods import AttentionSite, PrefixTuning
 from deptjax.methods.base import Sites
+from deptjax.models.causal import Attention, Context
 from deptjax.models.layers import extra_segments
-from deptjax.models.llama import Attention, Context, rope_angles, rope_frequencies, rotate
+from deptjax.models.rope import rope_angles, rope_frequencies, rotate
 from tests.cases import backbone_of, make_case
 
 B, T, P = 2, 5, 3

@@ -24,6 +24,7 @@ from deptjax.models.prompted import PromptedModel, merge_trees, site_leaves
 from deptjax.typing import Array, Tree
 from tests.cases import RATES, backbone_of, make_case, some_batch
 
+GPT2 = {"attention/query", "attention/key", "attention/value", "attention/out", "mlp/up", "mlp/down"}
 LLAMA = {"attention/query", "attention/key", "attention/value", "attention/out", "mlp/gate", "mlp/up", "mlp/down"}
 ATTENTION = ("encoder/attention", "decoder/self_attention", "decoder/encoder_decoder_attention")
 T5 = {f"{place}/{name}" for place in ATTENTION for name in ("query", "key", "value", "out")}
@@ -42,7 +43,7 @@ def places(trainable: Tree) -> set[str]:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
 @pytest.mark.parametrize("targets", [r"(query|value)$", r"mlp/", r"", r"^decoder/.*(key|wo)$", r"attention/out$"])
-@pytest.mark.parametrize(("family", "projections"), [("llama", LLAMA), ("t5", T5)])
+@pytest.mark.parametrize(("family", "projections"), [("gpt2", GPT2), ("llama", LLAMA), ("t5", T5)])
 def test_lora_touches_the_projections_it_names(family: str, projections: set[str], targets: str, scan: bool) -> None:
     backbone, method = backbone_of(family, scan), LoRA(rank=2, targets=targets)
     wanted = {p for p in projections if re.search(targets, p)}
@@ -68,7 +69,7 @@ def test_lora_touches_the_projections_it_names(family: str, projections: set[str
     assert logits.shape == (3, 3, backbone.config.vocab_size)
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_lora_is_a_change_of_the_kernels(family: str) -> None:
     """W + alpha / R * A B in the frozen tree does what LoRA beside W does: nothing else in the model is changed."""
     case = make_case(backbone_of(family), LoRA(rank=2, alpha=3.0, targets=""))
@@ -76,7 +77,7 @@ def test_lora_is_a_change_of_the_kernels(family: str) -> None:
     def merged(frozen: Tree, inner: Tree) -> Tree:
         if SITE in inner:
             update = inner[SITE]
-            return {"kernel": frozen["kernel"] + 3.0 / 2 * update["lora_a"] @ update["lora_b"]}
+            return {**frozen, "kernel": frozen["kernel"] + 3.0 / 2 * update["lora_a"] @ update["lora_b"]}
         return {k: merged(v, inner[k]) if k in inner else v for k, v in frozen.items()}
 
     plain = backbone_of(family).module()
@@ -183,6 +184,7 @@ INNER = {
 @pytest.mark.parametrize(
     ("family", "method", "scan"),
     [
+        ("gpt2", "everything", True),
         ("llama", "prefix", False),
         ("t5", "prefix", True),
         ("llama", "adapters", True),
@@ -228,7 +230,7 @@ def test_with_every_site_filled_a_shared_prompt_is_a_prompt_in_each_row(scan: bo
     )
 
 
-@pytest.mark.parametrize(("family", "scan"), [("llama", True), ("t5", False), ("t5", True)])
+@pytest.mark.parametrize(("family", "scan"), [("gpt2", False), ("llama", True), ("t5", False), ("t5", True)])
 def test_with_every_site_filled_decoding_is_teacher_forcing(family: str, scan: bool) -> None:
     """What fills a site acts on cached keys and values as on a whole text."""
     case, batch = make_case(backbone_of(family, scan), INNER["everything"]), some_batch()

@@ -96,7 +96,7 @@ def test_torch_still_gives_the_goldens(name: str) -> None:
             np.testing.assert_array_equal(made[key], value)
 
 
-@pytest.mark.parametrize("name", ["llama_rope_llama3", "llama_tied", "mistral", "t5_v1_0", "t5_v1_1", "mt5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_rope_llama3", "llama_tied", "mistral", "t5_v1_0", "t5_v1_1", "mt5"])
 def test_a_folder_that_transformers_saved_gives_the_same(name: str, tmp_path: Path) -> None:
     """The config as transformers 5 writes it, and its shards, against the live model with other weights."""
     pytest.importorskip("torch")

@@ -95,6 +95,8 @@ def random_params(module: nn.Module, seed: int = 0) -> Tree:
         noise = rng.standard_normal(leaf.shape)
         if path[-1].key == "scale":
             return jnp.asarray(1 + 0.2 * noise, jnp.float32)
+        if path[-1].key == "bias":
+            return jnp.asarray(0.3 * noise, jnp.float32)
         scale = leaf.shape[-2] ** -0.5 if path[-1].key in ("kernel", "matrix") else 1.0
         return jnp.asarray(scale * noise, jnp.float32)
 

@@ -1,0 +1,130 @@
+"""The GPT-2 family: GPT-2 small to XL, DistilGPT2, and models trained in its shape.
+
+    x = wte[token] + wpe[position]
+    x = x + out(attention(q, k, v))                  of LayerNorm(x), causal
+    x = x + down(gelu(up(y)))                        of y = LayerNorm(x)
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Projections and norms have biases, the head
+is the embedding. Query, key and value are one matrix in the published files and three here, so that a method that names
+`attention/query` means what it means elsewhere. What it has in common with other causal models is in
+`deptjax.models.causal`.
+
+Positions are absolute: a prompt's vectors stand at 0 .. M-1, the text behind them, and each is given the vector of its
+position, a prompt's vector as a token's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from deptjax.errors import UserError, nearest
+from deptjax.methods.base import NO_SITES, Sites
+from deptjax.models import layers
+from deptjax.models.causal import CausalModel, Placed
+from deptjax.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2-family model. `dtype` is that of the computation; `scan_layers` stacks the layers.
+
+    `dropout_rate` is that of the embedded text, of the attention weights and of the result of each sub-layer.
+    """
+
+    family: ClassVar[str] = "gpt2"
+    is_encoder_decoder: ClassVar[bool] = False
+    prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    max_positions: int = 1024
+    activation: str = "gelu_new"
+    norm_eps: float = 1e-5
+    tied: bool = True
+    dropout_rate: float = 0.1
+    scan_layers: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.activation not in layers.ACTIVATIONS:
+            known, hint = ", ".join(layers.ACTIVATIONS), nearest(self.activation, layers.ACTIVATIONS)
+            raise UserError(f"gpt2: activation '{self.activation}' is not known; use one of: {known}.{hint}")
+        if self.width % self.num_heads:
+            raise UserError(f"gpt2: num_heads {self.num_heads} does not divide width {self.width}; correct one of them")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values: as many as of queries."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """H, the width of a head."""
+        return self.width // self.num_heads
+
+    @property
+    def context(self) -> int | None:
+        """The positions that the model has vectors for: prompt, source and targets together."""
+        return self.max_positions
+
+    def make(self, sites: Sites = NO_SITES) -> GPT2:
+        """Returns the Linen module with these sites filled."""
+        return GPT2(self, sites)
+
+
+class MLP(nn.Module):
+    """`down(gelu(up(x)))`."""
+
+    config: GPT2Config
+    sites: Sites
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def linear(name: str, features: int) -> layers.Linear:
+            return layers.Linear(features, f"mlp/{name}", self.sites, bias=True, name=name)
+
+        hidden = layers.ACTIVATIONS[self.config.activation](linear("up", self.config.mlp_dim)(x))
+        return linear("down", self.config.width)(hidden)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position."""
+
+    positions: int
+    width: int
+
+    @nn.compact
+    def __call__(self, positions: Int[Array, "*S"], dtype: Any) -> Float[Array, "*S D"]:
+        """Returns the vectors of positions.
+
+        Padding may stand before the first position or behind the last: it gets a vector all the same, a finite one,
+        since nothing times not-a-number is not nothing.
+        """
+        table = self.param("embedding", nn.initializers.normal(0.02), (self.positions, self.width))
+        return jnp.take(table, positions, axis=0, mode="clip").astype(dtype)
+
+
+class GPT2(CausalModel):
+    """The backbone. With `deterministic=False` a prompt that rows share is dropped out once a batch, alike for all."""
+
+    norm: ClassVar[type[nn.Module]] = layers.LayerNorm
+    mlp: ClassVar[type[nn.Module]] = MLP
+    biases: ClassVar[bool] = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.position_embedder = PositionEmbedding(self.config.max_positions, self.config.width)
+        self.dropout = nn.Dropout(self.config.dropout_rate)
+
+    def placed(self, x: Array, positions: Array, deterministic: bool = True) -> Placed:
+        """Returns the stream with the vectors of its positions added, and no angles."""
+        vectors = self.position_embedder(positions, x.dtype)
+        vectors = vectors.reshape((1,) * (x.ndim - vectors.ndim) + vectors.shape)
+        return Placed(self.dropout(x + vectors, deterministic=deterministic), None)
