@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from deptjax.cli.main import COMMANDS
 from tests.cli.conftest import TEMPLATE, Command, Tuned, write_rows
 from tests.cli.folders import save_llama
 
@@ -283,10 +284,9 @@ def test_a_damaged_prompt(
 
 
 def test_other_commands(deptjax: Command) -> None:
-    assert (
-        deptjax("trian").error
-        == "there is no command 'trian'; there are train, evaluate, predict, export, import. Did you mean 'train'?"
-    )
+    error = deptjax("trian").error
+    assert error == f"there is no command 'trian'; there are {', '.join(COMMANDS)}. Did you mean 'train'?"
+    assert "search, evaluate" in error
     assert "no --prompt; it names a saved prompt" in deptjax("predict").error
     assert "no --prompt; it names a saved prompt" in deptjax("evaluate").error
 
