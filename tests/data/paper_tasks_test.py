@@ -159,6 +159,27 @@ def test_all_tasks_of_the_paper_are_here() -> None:
     assert len(PAPER) == 25
 
 
+def test_the_page_has_each_task_as_it_is() -> None:
+    page = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, task in PAPER.items():
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | {task.source.source.title} |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        settings = paper_settings(name)
+        assert cells[2] == f"`{task.input}`"
+        assert cells[3] == ", ".join(task.labels or ()) or not task.labels
+        assert cells[4:6] == [", ".join(task.metrics), task.source.kind]
+        assert cells[6:] == [str(settings["max_length"]), f"{settings['steps']:,}"]
+
+
+def test_a_set_that_is_not_to_be_had_is_told_in_one_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(UserError, match=r"^nyu-mll/glue/cola is not in the cache ") as caught:
+        get_task("cola").load()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_text_and_label_of_a_row(name: str) -> None:
     task, case = PAPER[name], CASES[name]
