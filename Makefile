@@ -1,4 +1,5 @@
-# make help tells what there is. Everything lands in .venv (the benchmark: .venv-bench); nothing outside is touched.
+# make help tells what there is. Everything lands in .venv (the benchmark: .venv-bench, TensorFlow: .venv-seqio); nothing
+# outside is touched.
 #
 # PYTHON         the interpreter a new .venv is made of, 3.11 or later:      make test PYTHON=python3.12
 # PYTEST_ARGS    replaces the arguments of pytest (two workers, a file each):  make test PYTEST_ARGS="tests/methods -x"
@@ -23,9 +24,10 @@ NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 # uv takes torch's CPU build unless told otherwise; pip does not read this.
 export UV_TORCH_BACKEND ?= cpu
 
+COMMA := ,# between arguments of call, and so not inside of one
 VERSION_OF = import sys; print("%d.%d" % sys.version_info[:2])
 
-.PHONY: help quickstart test lint format bench notebooks clean distclean
+.PHONY: help quickstart test test-seqio lint format bench notebooks clean distclean
 .SECONDARY:
 
 help: ## list the targets
@@ -36,6 +38,9 @@ quickstart: $(VENV)/.stamp-base ## tune a small real model on the CPU (STEPS=320
 
 test: $(VENV)/.stamp-dev ## run all tests and doctests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-seqio: .venv-seqio/.stamp-tests ## run the tests that need seqio and TensorFlow, in a venv of its own (3 GB)
+	.venv-seqio/bin/python -m pytest tests/data/seqio_test.py tests/data/tfds_test.py
 
 lint: $(VENV)/.stamp-dev ## check formatting, style and types
 	$(BIN)/ruff format --check .
@@ -58,7 +63,7 @@ clean: ## remove caches and build leftovers
 	find deptjax tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the virtual environments
-	rm -rf $(VENV) .venv-bench
+	rm -rf $(VENV) .venv-bench .venv-seqio
 
 # A .venv that is there is used as it is; asking for another interpreter than its own is a mistake, not a rebuild.
 .PHONY: same-python
@@ -93,3 +98,6 @@ $(VENV)/.stamp-%: setup.py | same-python
 
 .venv-bench/.stamp-torch: setup.py
 	$(call INSTALL,[torch])
+
+.venv-seqio/.stamp-tests: setup.py
+	$(call INSTALL,[seqio$(COMMA)tfds$(COMMA)tests])

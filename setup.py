@@ -48,7 +48,9 @@ CORE = [
 ]
 TORCH = ["torch>=2.6", "peft>=0.17", "accelerate>=1.0"]
 DATASETS = ["datasets>=4.0"]
-TFDS = ["tensorflow-datasets>=4.9.7", "array-record>=0.5"]  # reads array_record files; TFRecord needs tensorflow beside
+# Reads array_record files; TFRecord needs tensorflow beside. tfds imports importlib_resources and does not ask for it.
+TFDS = ["tensorflow-datasets>=4.9.7", "array-record>=0.5", "importlib-resources>=6.0"]
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6"]
 PLOT = ["matplotlib>=3.9"]
 NOTEBOOKS = [*PLOT, "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 
@@ -62,9 +64,9 @@ EXTRAS = {
     "seqio": ["seqio>=0.0.19"],  # brings TensorFlow, about 2 GB
     "plot": PLOT,
     "notebooks": NOTEBOOKS,
+    "tests": TESTS,
     "dev": [
-        "pytest>=8.3",
-        "pytest-xdist>=3.6",
+        *TESTS,
         "ruff>=0.15",
         "mypy>=1.18",
         "beartype>=0.20",

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from deptjax.data.named_splits import NamedSplits
+from deptjax.data.named_splits import NamedSplits, one_line, shortest
 from deptjax.data.sources import register_source
 from deptjax.data.templates import Row
 from deptjax.errors import UserError
@@ -73,7 +71,7 @@ class HFSource(NamedSplits):
         try:
             saved = library.load_from_disk(str(folder))
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} cannot be read as a saved data set: {_line(error)}; save it again") from None
+            raise UserError(f"{folder} cannot be read as a saved data set: {one_line(error)}; save it again") from None
         by_name = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
         if split not in by_name:
             raise self.no_split(split, by_name)
@@ -88,21 +86,21 @@ class HFSource(NamedSplits):
             return library.load_dataset(path, self.name, split=split, revision=self.revision)
         except library.exceptions.DatasetNotFoundError as error:
             raise UserError(
-                f"{self.title}: neither a folder here nor a data set of the hub that can be read ({_line(error)}); "
+                f"{self.title}: neither a folder here nor a data set of the hub that can be read ({one_line(error)}); "
                 "mend the name, or log in where it is private"
             ) from None
         except OSError as error:  # no network, offline mode, a timeout, a full disk; or a folder without data
             if Path(path).is_dir():
                 raise UserError(
-                    f"{_line(error)}; name a folder of .parquet, .csv or .jsonl files, or a saved one"
+                    f"{one_line(error)}; name a folder of .parquet, .csv or .jsonl files, or a saved one"
                 ) from None
             raise UserError(
                 f"{self.title} is not in the cache {library.config.HF_DATASETS_CACHE} and cannot be downloaded "
-                f"({_line(error)}); where there is a network run datasets.load_dataset({call}) into that cache, or "
+                f"({one_line(error)}); where there is a network run datasets.load_dataset({call}) into that cache, or "
                 "save_to_disk(FOLDER) and give the folder as path"
             ) from None
         except (ValueError, RuntimeError) as error:  # of an unknown configuration or split; a data set that is a script
-            raise UserError(f"{self.title}, split '{split}': {_line(error)}") from None
+            raise UserError(f"{self.title}, split '{split}': {one_line(error)}") from None
 
 
 def _plain(data: Any) -> Iterator[dict[str, object]]:
@@ -113,12 +111,8 @@ def _plain(data: Any) -> Iterator[dict[str, object]]:
     for row in data.with_format(None):
         for name in short:
             if row[name] is not None:
-                row[name] = float(str(np.float32(row[name])))
+                row[name] = shortest(row[name])
         yield row
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 register_source(HFSource.kind, HFSource)

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from deptjax.data.sources import Splits, TextOf, given_or_drawn
 from deptjax.data.templates import Row
 from deptjax.errors import UserError, nearest
@@ -79,3 +81,17 @@ class NamedSplits(abc.ABC):
             f"{self.title}: no split '{split}'; set {field}= to one of {', '.join(known) or 'none'}{drawn}."
             f"{nearest(split, known)}"
         )
+
+
+def shortest(value: float) -> float:
+    """Returns the shortest number that means the same in float32, as a column of that type was written.
+
+    >>> shortest(3.799999952316284)
+    3.8
+    """
+    return float(str(np.float32(value)))
+
+
+def one_line(error: BaseException) -> str:
+    """Returns a library's message as one line of a length that can be read."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
