@@ -24,12 +24,21 @@ def spaced_punctuation(text: str) -> str:
     >>> spaced_punctuation("Who (in 1999)?")
     'Who ( in 1999 ) ? '
     """
-    return re.sub(r"\s+", " ", re.sub(r"[^\w\s]", _spaced, text))
+    return re.sub(r"\s+", " ", text.translate(_SPACED))
 
 
-def _spaced(found: re.Match[str]) -> str:
-    # Marks, the accents that are characters of their own, are not of Python's class \w.
-    return found[0] if unicodedata.category(found[0]).startswith("M") else f" {found[0]} "
+class _Spaced(dict[int, str]):
+    """What each character becomes, found when it is first met: contexts are long, and `translate` is quick."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        # Marks, the accents that are characters of their own, are not of Python's class \w.
+        kept = re.match(r"[\w\s]", letter) or unicodedata.category(letter).startswith("M")
+        self[code] = letter if kept else f" {letter} "
+        return self[code]
+
+
+_SPACED = _Spaced()
 
 
 def _question(values: Columns, paper_compat: bool) -> dict[str, Any]:
