@@ -162,19 +162,22 @@ def make_task(settings: Settings, base: Task | None = None) -> Task:
 
 def loaded_once(task: Task) -> tuple[TaskData, Task]:
     """Returns a task's rows, and the task with its source replaced by these rows, so that no file is read again."""
+    if task.source is not None:
+        read = task.source.splits(task.source_text)
+        rows = Splits(*(tuple(map(task.formatted, split)) for split in read))
+        labels = task.labels if task.source.infer_labels else task.labels or ()
+        task = dataclasses.replace(task, source=_Kept(task.source, rows), labels=labels)
     data = task.load()
-    source = data.task.source
-    assert source is not None
-    return data, dataclasses.replace(data.task, source=_Kept(source, Splits(data.train, data.dev, data.test)))
+    return data, data.task
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """Rows that were read already; described as the source they came from."""
+    """Rows that were read already, before a few-shot sample is drawn; described as the source they came from."""
 
     source: Source
     rows: Splits
-    infer_labels: ClassVar[bool] = False  # done when they were read
+    infer_labels: ClassVar[bool] = True
 
     def splits(self, text_of: TextOf) -> Splits:
         return self.rows

@@ -9,6 +9,7 @@ import pytest
 
 from deptjax.cli import flags, settings
 from deptjax.data.paper_tasks import paper_settings
+from deptjax.data.sources import MemorySource
 from deptjax.data.suites import suite
 from deptjax.data.tasks import Task, get_task
 from deptjax.errors import UserError
@@ -54,6 +55,18 @@ def test_few_shot_of_ones_own_rows(tmp_path: pathlib.Path) -> None:
     task = task_of("--task-file", str(tmp_path / "rows.jsonl"), "--input", "{text}", "--few-shot", "4")
     data = task.load()
     assert sorted(map(data.task.label_of, data.train)) == ["no", "no", "yes", "yes"]
+
+
+@pytest.mark.parametrize(("k", "compat"), [(4, True), (32, True), (32, False)])
+def test_rows_that_are_read_once_are_sampled_once(k: int, compat: bool) -> None:
+    """`train` loads the task again, from the rows that are kept: it must find the sample that was drawn first."""
+    rows = [{"text": f"row {i}", "label": ("no", "yes", "maybe")[i % 3]} for i in range(200)]
+    task = Task("t", MemorySource(rows, rows, rows), "{text}", few_shot=k, paper_compat=compat)
+    data, again = settings.loaded_once(task)
+    assert again.load() == data
+    assert data.train == task.load().train
+    assert len(data.train) == (30 if compat and k == 32 else k)
+    assert again.labels == ("maybe", "no", "yes")
 
 
 @pytest.mark.parametrize("name", PAPER)
