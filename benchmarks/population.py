@@ -65,6 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", default="trec6", help="a registered task with labels (default %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="of each run (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a member (default %(default)s)")
+    parser.add_argument("--buckets", type=int, default=2, help="padded lengths, each a program (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="how often both sides run (default %(default)s)")
     parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT, help="JSON (default %(default)s)")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of --output")
@@ -92,12 +93,12 @@ def measure(options: argparse.Namespace) -> Record:
             if ended.returncode:
                 raise UserError(f"the side '{side}' ended with status {ended.returncode}; what it said is above")
             runs[side].append(json.loads(ended.stdout.splitlines()[-1]))
-    results = {**{name: getattr(options, name) for name in COMMON}, "runs": runs}
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+        results = {**{name: getattr(options, name) for name in COMMON}, "runs": runs}
+        options.output.write_text(json.dumps(results, indent=1) + "\n")  # what is measured is kept, round by round
     return results
 
 
-COMMON = ("model", "task", "steps", "batch_size")
+COMMON = ("model", "task", "steps", "batch_size", "buckets")
 
 
 def run_side(options: argparse.Namespace) -> Record:
@@ -118,6 +119,7 @@ def run_side(options: argparse.Namespace) -> Record:
     settings: Record = {
         "steps": options.steps,
         "batch_size": options.batch_size,
+        "buckets": options.buckets,
         "eval_every": 0,
         "log_every": 1,
         "progress": False,

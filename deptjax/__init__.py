@@ -21,6 +21,8 @@ from deptjax.data.tasks import Task, get_task, register_task, task_names
 
 # Runs
 from deptjax.training.config import TrainConfig
+from deptjax.training.members import grid
+from deptjax.training.population import Population, train_population
 from deptjax.training.run import Run, train
 from deptjax.training.transfer import similar_prompts
 
@@ -49,6 +51,7 @@ __all__ = [
     "Generation",
     "LoRA",
     "MemorySource",
+    "Population",
     "Predictor",
     "PrefixTuning",
     "Prompt",
@@ -63,6 +66,7 @@ __all__ = [
     "evaluate",
     "export_prompt",
     "get_task",
+    "grid",
     "input_embeddings",
     "load_backbone",
     "load_prompt",
@@ -70,4 +74,5 @@ __all__ = [
     "similar_prompts",
     "task_names",
     "train",
+    "train_population",
 ]

@@ -110,7 +110,7 @@ def test_the_commands_of_the_readme_run(folder: pathlib.Path, capfd: pytest.Capt
             assert json.loads(out)["prediction"] in QUESTIONS
         if ran[-1] == "evaluate":
             assert "test/accuracy" in out
-    assert {"train", "evaluate", "predict"} <= set(ran)
+    assert {"train", "search", "evaluate", "predict"} <= set(ran)
     mixed = [json.loads(line) for line in (folder / "mixed_answers.jsonl").read_text().splitlines()]
     assert [answer["task"] for answer in mixed] == ["questions", "films"]
     assert all(answer["prediction"] in QUESTIONS for answer in mixed)
@@ -122,7 +122,7 @@ def test_the_commands_of_the_readme_run(folder: pathlib.Path, capfd: pytest.Capt
 def words_of(command: str) -> list[str]:
     """Returns the words behind `deptjax`, with few steps, and for a gin run with the model and rows that are here."""
     words = shlex.split(command, comments=True)[1:]
-    if words[0] == "train":
+    if words[0] in ("train", "search"):
         words += ["--steps", "2", "--quiet"]
     if "--gin-file" in words:
         words += ["--model", "t5-base", "--task-file", "questions.jsonl", "--labels", ",".join(QUESTIONS)]
