@@ -16,8 +16,11 @@ from deptjax.models.backbone import Backbone
 from deptjax.methods import DePT, FullFineTuning, LoRA, PrefixTuning, PromptTuning, ZeroShot
 
 # Tasks
+from deptjax.data.huggingface import HFSource
+from deptjax.data.seqio import SeqioSource, seqio_task
 from deptjax.data.sources import FileSource, MemorySource
 from deptjax.data.tasks import Task, get_task, register_task, task_names
+from deptjax.data.tfds import TFDSSource
 
 # Runs
 from deptjax.training.config import TrainConfig
@@ -49,6 +52,7 @@ __all__ = [
     "FileSource",
     "FullFineTuning",
     "Generation",
+    "HFSource",
     "LoRA",
     "MemorySource",
     "Population",
@@ -58,6 +62,8 @@ __all__ = [
     "PromptBank",
     "PromptTuning",
     "Run",
+    "SeqioSource",
+    "TFDSSource",
     "Task",
     "TrainConfig",
     "UserError",
@@ -71,6 +77,7 @@ __all__ = [
     "load_backbone",
     "load_prompt",
     "register_task",
+    "seqio_task",
     "similar_prompts",
     "task_names",
     "train",

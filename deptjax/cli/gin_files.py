@@ -6,9 +6,10 @@
     DePT:                                # several bindings of one name
       prompt_length = 20
 
-Bound are the library's own names: `train` (method, task, workdir), `load_backbone`, `TrainConfig`, `Task`,
-`FileSource` and the classes of the methods. What is parsed is returned as values with their place, nothing is called
-and nothing global is changed: so files, bindings and flags can be laid over each other, and a mistake names its line.
+Bound are the library's own names: `train` (method, task, workdir), `load_backbone`, `TrainConfig`, `Task`, the sources
+(`FileSource`, `HFSource`, `TFDSSource`, `SeqioSource`) and the classes of the methods. What is parsed is returned as
+values with their place, nothing is called and nothing global is changed: so files, bindings and flags can be laid over
+each other, and a mistake names its line.
 """
 
 from __future__ import annotations

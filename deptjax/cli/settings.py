@@ -16,8 +16,11 @@ from typing import Any, ClassVar
 from deptjax.cli.fields import BINDING, FLAG, Field, Given, checked, fields_of, unescaped
 from deptjax.cli.flags import METHOD, MODEL_FIELDS, spelled
 from deptjax.cli.gin_files import Reference, read_gin
+from deptjax.data.huggingface import HFSource
+from deptjax.data.seqio import SeqioSource
 from deptjax.data.sources import FileSource, Source, Splits, TextOf
 from deptjax.data.tasks import Task, TaskData, get_task
+from deptjax.data.tfds import TFDSSource
 from deptjax.errors import UserError, nearest
 from deptjax.inference.decoding import Decoding
 from deptjax.methods import method_class, method_names
@@ -37,7 +40,7 @@ def known_names() -> dict[str, tuple[str, ...]]:
         "load_backbone": tuple(MODEL_FIELDS),
         "TrainConfig": tuple(fields_of(TrainConfig)),
         "Task": tuple(name for name in fields_of(Task) if name != "source"),
-        "FileSource": tuple(fields_of(FileSource)),
+        **{name: tuple(fields_of(cls)) for name, cls in _SOURCES.items()},
         **methods,
     }
 
@@ -130,34 +133,58 @@ def changed_from_default(config: TrainConfig) -> dict[str, Any]:
 
 
 def make_task(settings: Settings, base: Task | None = None) -> Task:
-    """Returns the task: a registered one, or one of the user's file, or `base` where neither is named.
+    """Returns the task: a registered one, or one of the user's own rows, or `base` where neither is named.
 
     Its template, labels and so on can be replaced. Those of a level below the one that names a registered task belong
-    to another task, and are left out.
+    to another task, and are left out. Rows of one's own are named by the first field of a source: a file's by flags or
+    in gin, those of other libraries in gin (`HFSource.path = "nyu-mll/glue"`).
     """
-    name, file = settings.get(("train", "task")), settings.get(("FileSource", "train"))
-    if name and file and name.level == file.level:
-        raise UserError(f"{name.origin} and {file.origin} both name a task; keep one")
+    name, owner = settings.get(("train", "task")), _chosen_source(settings)
+    rows = settings[owner, _NAMED_BY[owner]] if owner else None
+    if name and rows and name.level == rows.level:
+        raise UserError(f"{name.origin} and {rows.origin} both name a task; keep one")
     own = _fields(settings, "Task", _TASK_FIELDS, _SPECIAL)
-    if name and (not file or name.level > file.level):
+    if name and (not rows or name.level > rows.level):
         low = {key[1] for key, given in settings.items() if key[0] == "Task" and given.level < name.level}
         own = {key: value for key, value in own.items() if key not in low}
         return dataclasses.replace(get_task(checked(name, Field("task", ("str",), None, ""))), **own)
-    if not file:
+    if not owner or not rows:
         if base is None:
             raise UserError(
                 "no task; name one with --task NAME, or your own rows with --task-file FILE --input TEMPLATE"
             )
         return dataclasses.replace(base, **own)
-    source = FileSource(**_fields(settings, "FileSource", fields_of(FileSource)))
+    source = _SOURCES[owner](**_fields(settings, owner, fields_of(_SOURCES[owner])))
+    own = {"name": _name_of(source, owner), **own}
     if base is not None:
-        return dataclasses.replace(base, **{"name": pathlib.Path(source.train).stem, **own}, source=source)
+        return dataclasses.replace(base, **own, source=source)
     if "input" not in own:
         raise UserError(
-            f"{file.origin}: no --input; give the template of the text, with a column's name in braces, such as "
+            f"{rows.origin}: no --input; give the template of the text, with a column's name in braces, such as "
             '--input "{text}"'
         )
-    return Task(**{"name": pathlib.Path(source.train).stem, **own}, source=source)
+    return Task(**own, source=source)
+
+
+def _chosen_source(settings: Settings) -> str | None:
+    """Returns the class of the source that names rows, the one of the highest level where there are several."""
+    found = {owner: settings[owner, field] for owner, field in _NAMED_BY.items() if (owner, field) in settings}
+    for (owner, field), given in settings.items():
+        if owner in _SOURCES and owner not in found and owner != "FileSource":
+            raise UserError(f"{given.origin}: {owner}.{field} is of no use without {owner}.{_NAMED_BY[owner]}; bind it")
+    if not found:
+        return None
+    level = max(given.level for given in found.values())
+    first, *others = [owner for owner, given in found.items() if given.level == level]
+    if others:
+        raise UserError(f"{found[first].origin} and {found[others[0]].origin} both name a task's rows; keep one")
+    return first
+
+
+def _name_of(source: Any, owner: str) -> str:
+    """Returns a task's name from where its rows are: `rows` of rows.jsonl, `sst2` of glue/sst2:2.0.0."""
+    place = getattr(source, "name", None) or getattr(source, _NAMED_BY[owner])
+    return pathlib.Path(place).stem if owner == "FileSource" else place.rpartition("/")[2].partition(":")[0]
 
 
 def loaded_once(task: Task) -> tuple[TaskData, Task]:
@@ -205,8 +232,9 @@ def as_gin(model: Mapping[str, Any], method: Any, task: Task, config: TrainConfi
     lines += [f"{type(method).__name__}.{name} = {value!r}" for name, value in fields.items()]
     description = task.to_config()
     source = description.pop("source") or {}
-    if source.pop("kind", None) == "file":
-        lines += ["", *(f"FileSource.{name} = {value!r}" for name, value in source.items())]
+    kind = source.pop("kind", None)
+    if kind in _KINDS:
+        lines += ["", *(f"{_KINDS[kind]}.{name} = {value!r}" for name, value in source.items())]
     else:
         lines += ["", f"train.task = {description.pop('name')!r}"]
     lines += [f"Task.{name} = {value!r}" for name, value in description.items()]
@@ -298,3 +326,12 @@ _SPECIAL: dict[str, Callable[[Given], Any]] = {
     "verbalizers": _pairs,
 }
 _TASK_FIELDS = {name: field for name, field in fields_of(Task).items() if name != "source"}
+_KINDS = {
+    "file": "FileSource",
+    **{cls.kind: cls.__name__ for cls in (HFSource, TFDSSource, SeqioSource)},
+}
+_SOURCES: dict[str, Any] = {cls.__name__: cls for cls in (FileSource, HFSource, TFDSSource, SeqioSource)}
+_NAMED_BY = {
+    owner: next(field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING)
+    for owner, cls in _SOURCES.items()
+}
