@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -10,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import deptjax
 from deptjax.errors import UserError
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.prompted import site_leaves
+from deptjax.testing import save_hf_folder, tiny_gpt2
 from deptjax.typing import Array
 from tests.models import support
+from tests.reviews import review_task
 
 CONFIG = GPT2Config(vocab_size=37, width=18, num_layers=2, num_heads=3, mlp_dim=19, max_positions=24)
 LENGTHS = (11, 4, 1)
@@ -203,3 +207,18 @@ def test_a_config_that_cannot_be_is_refused() -> None:
         dataclasses.replace(CONFIG, num_heads=4)
     with pytest.raises(UserError, match=r"activation 'gelu_now' is not known.*Did you mean 'gelu_new'"):
         dataclasses.replace(CONFIG, activation="gelu_now")
+
+
+def test_a_tokenizer_without_padding_trains_and_answers(tmp_path: pathlib.Path) -> None:
+    """GPT-2's has an end token and no other."""
+    backbone = tiny_gpt2(scan_layers=True)
+    backbone.tokenizer.pad_token = None
+    loaded = deptjax.load_backbone(save_hf_folder(backbone, tmp_path / "model"), scan_layers=True)
+    assert loaded.tokenizer.pad_token is None
+    method = deptjax.DePT(prompt_length=4, rank=2, max_length=16)
+    run = deptjax.train(loaded, method, review_task(), workdir=tmp_path / "run", steps=2, buckets=1)
+    predict = deptjax.Predictor(loaded, run.prompt)
+    short, longer = (predict([text])[0] for text in ("good", "the plot was very bad"))
+    assert [answer.scores for answer in predict(["good", "the plot was very bad"])] == [
+        pytest.approx(answer.scores, abs=1e-5) for answer in (short, longer)
+    ]
