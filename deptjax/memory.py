@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import pathlib
 import sys
 
@@ -22,13 +24,37 @@ class PeakMemory:
     mib: float = 0.0
 
     def __enter__(self) -> PeakMemory:
-        with contextlib.suppress(OSError):  # not Linux, or not permitted: the peak of the whole process is reported
-            _CLEAR.write_text("5")
+        _reset()  # where it cannot be, the peak of the whole process is reported
         return self
 
     def __exit__(self, *error: object) -> None:
         stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
         self.mib = stats["peak_bytes_in_use"] / 2**20 if stats else _resident_peak_mib()
+
+
+def release_unused() -> None:
+    """Gives back to the system what earlier work has left: compiled programs, garbage, and the pages of freed memory.
+
+    Without it, the peak of a run counts some of what the runs before it in this process have used.
+    """
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: the allocator keeps its pages
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_can_be_reset() -> bool:
+    """Returns whether `PeakMemory` measures a stretch of work alone, and not all of the process before it as well."""
+    return jax.default_backend() == "cpu" and _reset()
+
+
+def _reset() -> bool:
+    """Resets the high-water mark of resident memory; returns whether this system can and may."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _resident_peak_mib() -> float:

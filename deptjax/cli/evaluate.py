@@ -29,6 +29,7 @@ def _evaluate(words: list[str]) -> int:
 
     from deptjax.cli import flags, settings
     from deptjax.cli.model import backbone_of
+    from deptjax.data.loaded import loaded_once
     from deptjax.data.sources import FileSource
     from deptjax.data.tasks import Task
     from deptjax.errors import UserError
@@ -72,7 +73,7 @@ def _evaluate(words: list[str]) -> int:
         )
     if task.source is None:
         raise UserError("the prompt's task keeps no data; name --test-file FILE, or --task NAME")
-    data, task = settings.loaded_once(task)
+    data, task = loaded_once(task)
     prompt = dataclasses.replace(prompt, task=task.to_config())  # another template or other labels, where given
     backbone = backbone_of(prompt, options["prompt"], given)
     batch_size = flags.whole(options, "batch-size", 32)

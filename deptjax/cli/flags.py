@@ -136,12 +136,13 @@ def add_task(parser: Parser) -> None:
         _add(group, flag, field, told, f"{owner}.{name}")
 
 
-def add_method(parser: Parser) -> None:
-    """Adds `--method` and the fields of every registered method."""
+def add_method(parser: Parser, choice: bool = True) -> None:
+    """Adds `--method`, unless there is no `choice` of one, and the fields of every registered method."""
     group = parser.add_argument_group("method", "a flag is for the methods named behind it; each has its own default")
-    group.add_argument(
-        "--method", dest="train.method", metavar="NAME", help=f"{', '.join(method_names())} (default dept)"
-    )
+    if choice:
+        group.add_argument(
+            "--method", dest="train.method", metavar="NAME", help=f"{', '.join(method_names())} (default dept)"
+        )
     owners: dict[str, list[tuple[str, Field]]] = {}
     for kind in method_names():
         for name, field in fields_of(method_class(kind), linen=True).items():

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from deptjax.cli import flags, settings
+from deptjax.data.loaded import loaded_once
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
 from deptjax.methods.base import Method
@@ -67,6 +68,6 @@ def read_request(parser: flags.Parser, words: list[str]) -> Request:
     method = settings.make_method(given)
     config = settings.make_config(given, method)
     settings.check_workdir(workdir)
-    data, task = settings.loaded_once(settings.make_task(given))
+    data, task = loaded_once(settings.make_task(given))
     notes = {"config.gin": settings.as_gin(model, method, data.task, config)}
     return Request(options, workdir, model, method, task, settings.changed_from_default(config), notes)

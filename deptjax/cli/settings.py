@@ -11,15 +11,15 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from deptjax.cli.fields import BINDING, FLAG, Field, Given, checked, fields_of, unescaped
 from deptjax.cli.flags import METHOD, MODEL_FIELDS, spelled
 from deptjax.cli.gin_files import Reference, read_gin
 from deptjax.data.huggingface import HFSource
 from deptjax.data.seqio import SeqioSource
-from deptjax.data.sources import FileSource, Source, Splits, TextOf
-from deptjax.data.tasks import Task, TaskData, get_task
+from deptjax.data.sources import FileSource
+from deptjax.data.tasks import Task, get_task
 from deptjax.data.tfds import TFDSSource
 from deptjax.errors import UserError, nearest
 from deptjax.inference.decoding import Decoding
@@ -139,8 +139,8 @@ def make_task(settings: Settings, base: Task | None = None) -> Task:
     to another task, and are left out. Rows of one's own are named by the first field of a source: a file's by flags or
     in gin, those of other libraries in gin (`HFSource.path = "nyu-mll/glue"`).
     """
-    name, owner = settings.get(("train", "task")), _chosen_source(settings)
-    rows = settings[owner, _NAMED_BY[owner]] if owner else None
+    name, owner = settings.get(("train", "task")), chosen_source(settings)
+    rows = settings[owner, NAMED_BY[owner]] if owner else None
     if name and rows and name.level == rows.level:
         raise UserError(f"{name.origin} and {rows.origin} both name a task; keep one")
     own = _fields(settings, "Task", _TASK_FIELDS, _SPECIAL)
@@ -166,12 +166,12 @@ def make_task(settings: Settings, base: Task | None = None) -> Task:
     return Task(**own, source=source)
 
 
-def _chosen_source(settings: Settings) -> str | None:
+def chosen_source(settings: Settings) -> str | None:
     """Returns the class of the source that names rows, the one of the highest level where there are several."""
-    found = {owner: settings[owner, field] for owner, field in _NAMED_BY.items() if (owner, field) in settings}
+    found = {owner: settings[owner, field] for owner, field in NAMED_BY.items() if (owner, field) in settings}
     for (owner, field), given in settings.items():
         if owner in _SOURCES and owner not in found and owner != "FileSource":
-            raise UserError(f"{given.origin}: {owner}.{field} is of no use without {owner}.{_NAMED_BY[owner]}; bind it")
+            raise UserError(f"{given.origin}: {owner}.{field} is of no use without {owner}.{NAMED_BY[owner]}; bind it")
     if not found:
         return None
     level = max(given.level for given in found.values())
@@ -183,34 +183,8 @@ def _chosen_source(settings: Settings) -> str | None:
 
 def _name_of(source: Any, owner: str) -> str:
     """Returns a task's name from where its rows are: `rows` of rows.jsonl, `sst2` of glue/sst2:2.0.0."""
-    place = getattr(source, "name", None) or getattr(source, _NAMED_BY[owner])
+    place = getattr(source, "name", None) or getattr(source, NAMED_BY[owner])
     return pathlib.Path(place).stem if owner == "FileSource" else place.rpartition("/")[2].partition(":")[0]
-
-
-def loaded_once(task: Task) -> tuple[TaskData, Task]:
-    """Returns a task's rows, and the task with its source replaced by these rows, so that no file is read again."""
-    if task.source is not None:
-        read = task.source.splits(task.source_text)
-        rows = Splits(*(tuple(map(task.formatted, split)) for split in read))
-        labels = task.labels if task.source.infer_labels else task.labels or ()
-        task = dataclasses.replace(task, source=_Kept(task.source, rows), labels=labels)
-    data = task.load()
-    return data, data.task
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Rows that were read already, before a few-shot sample is drawn; described as the source they came from."""
-
-    source: Source
-    rows: Splits
-    infer_labels: ClassVar[bool] = True
-
-    def splits(self, text_of: TextOf) -> Splits:
-        return self.rows
-
-    def to_config(self) -> dict[str, Any] | None:
-        return self.source.to_config()
 
 
 def check_workdir(path: str) -> None:
@@ -288,7 +262,7 @@ def _of(field: Field) -> Callable[[Given], Any]:
     return lambda given: _value(given, field)
 
 
-def _texts(given: Given) -> tuple[str, ...] | None:
+def texts(given: Given) -> tuple[str, ...] | None:
     """Returns a list of texts: `a,b,c` or a JSON list from a flag, a list in gin."""
     value = given.value
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -320,9 +294,9 @@ def _pairs(given: Given) -> dict[str, str]:
 
 _ESCAPED = ("input", "target", "prompt_text")
 _SPECIAL: dict[str, Callable[[Given], Any]] = {
-    "labels": _texts,
-    "metrics": _texts,
-    "start_parts": _texts,
+    "labels": texts,
+    "metrics": texts,
+    "start_parts": texts,
     "verbalizers": _pairs,
 }
 _TASK_FIELDS = {name: field for name, field in fields_of(Task).items() if name != "source"}
@@ -331,7 +305,7 @@ _KINDS = {
     **{cls.kind: cls.__name__ for cls in (HFSource, TFDSSource, SeqioSource)},
 }
 _SOURCES: dict[str, Any] = {cls.__name__: cls for cls in (FileSource, HFSource, TFDSSource, SeqioSource)}
-_NAMED_BY = {
+NAMED_BY = {  # the field of each source that says where its rows are
     owner: next(field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING)
     for owner, cls in _SOURCES.items()
 }

@@ -46,7 +46,7 @@ class RunFolder:
             for name, text in (notes or {}).items():
                 if not (self.path / name).exists():
                     write_text(self.path / name, text)
-            self._lock = _locked(self.path / ".lock")
+            self._lock = locked(self.path / ".lock", "a run")
         recover_folder(self.prompt)
         self._metrics: Any = None
         self._events: EventFile | None = None
@@ -103,14 +103,18 @@ class RunFolder:
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
         try:
-            old = _flat(json.loads(self._config_file.read_text()))
+            old = json.loads(self._config_file.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{self._config_file} is not JSON: line {error.lineno}: {error.msg}") from error
-        new = _flat(json.loads(json.dumps(config)))
-        different = sorted(k for k in {**old, **new} if old.get(k, MISSING) != new.get(k, MISSING))
-        if different:
-            told = "; ".join(f"{k} was {_shown(old, k)}, is now {_shown(new, k)}" for k in different)
+        if told := differences(old, json.loads(json.dumps(config))):
             raise UserError(f"{self.path} holds a run with another configuration ({told}); choose another workdir")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Returns the fields in which two configs differ, as `train.steps was 4, is now 6; ...`; empty where they agree."""
+    old, new = _flat(old), _flat(new)
+    different = sorted(k for k in {**old, **new} if old.get(k, MISSING) != new.get(k, MISSING))
+    return "; ".join(f"{k} was {_shown(old, k)}, is now {_shown(new, k)}" for k in different)
 
 
 def _shown(values: dict[str, Any], name: str) -> str:
@@ -119,14 +123,19 @@ def _shown(values: dict[str, Any], name: str) -> str:
     return repr(value) if isinstance(value, str) and "\n" in value else str(value)
 
 
-def _locked(file: pathlib.Path) -> TextIO:
-    """Returns the open lock of a run's folder. The kernel frees it when the process ends, however it ends."""
+def locked(file: pathlib.Path, whose: str) -> TextIO:
+    """Returns the open lock of a folder. The kernel frees it when the process ends, however it ends.
+
+    Raises `UserError` where another process holds it, which says that `whose` is under way there.
+    """
     lock = file.open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise UserError(f"{file.parent} is in use by a run under way; wait for it, or choose another workdir") from None
+        raise UserError(
+            f"{file.parent} is in use by {whose} under way; wait for it, or choose another workdir"
+        ) from None
     return lock
 
 

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from deptjax.cli import flags, settings
+from deptjax.data.loaded import loaded_once
 from deptjax.data.paper_tasks import paper_settings
 from deptjax.data.sources import MemorySource
 from deptjax.data.suites import suite
@@ -62,7 +63,7 @@ def test_rows_that_are_read_once_are_sampled_once(k: int, compat: bool) -> None:
     """`train` loads the task again, from the rows that are kept: it must find the sample that was drawn first."""
     rows = [{"text": f"row {i}", "label": ("no", "yes", "maybe")[i % 3]} for i in range(200)]
     task = Task("t", MemorySource(rows, rows, rows), "{text}", few_shot=k, paper_compat=compat)
-    data, again = settings.loaded_once(task)
+    data, again = loaded_once(task)
     assert again.load() == data
     assert data.train == task.load().train
     assert len(data.train) == (30 if compat and k == 32 else k)
