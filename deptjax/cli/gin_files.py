@@ -30,6 +30,7 @@ from deptjax.cli.fields import BINDING, FILE, Given
 from deptjax.errors import UserError, nearest
 
 Bindings = dict[tuple[str, str], Given]
+Scoped = dict[frozenset[str], Bindings]  # by the names in front: `trec6/lora/TrainConfig.steps` has two
 Known = Mapping[str, Sequence[str]]  # what may be bound: the fields of each name
 
 
@@ -75,7 +76,19 @@ def read_gin(files: Sequence[str], bindings: Sequence[str], known: Known) -> Bin
       UserError: for a file that is missing, a syntax error (with its line), an unknown name or field, a macro that is
         not defined, and a macro that nobody uses.
     """
-    reader = _Reader(known)
+    return _read(files, bindings, known, scopes=False)[frozenset()]
+
+
+def read_scoped_gin(files: Sequence[str], bindings: Sequence[str], known: Known) -> Scoped:
+    """Returns what gin files and bindings set, by scope: names in front, as in `lora/TrainConfig.steps = 100`.
+
+    Arguments and errors are those of `read_gin`. Which scopes there are is for the caller to check.
+    """
+    return _read(files, bindings, known, scopes=True)
+
+
+def _read(files: Sequence[str], bindings: Sequence[str], known: Known, scopes: bool) -> Scoped:
+    reader = _Reader(known, scopes)
     for file in files:
         reader.read(pathlib.Path(file), f"--gin-file {file}", ())
     for binding in bindings:
@@ -84,9 +97,9 @@ def read_gin(files: Sequence[str], bindings: Sequence[str], known: Known) -> Bin
 
 
 class _Reader:
-    def __init__(self, known: Known) -> None:
-        self._known = known
-        self._bound: Bindings = {}
+    def __init__(self, known: Known, scopes: bool) -> None:
+        self._known, self._scopes = known, scopes
+        self._bound: Scoped = {frozenset(): {}}
         self._macros: dict[str, Given] = {}
 
     def read(self, file: pathlib.Path, asked: str, parents: tuple[pathlib.Path, ...]) -> None:
@@ -116,11 +129,11 @@ class _Reader:
         self._set(name.strip(), Given(_value(text.strip(), origin), origin, BINDING))
 
     def _set(self, name: str, given: Given) -> None:
-        if "/" in name:
-            raise UserError(
-                f"{given.origin}: '{name}' has a scope, and no setting here has one; write {name.split('/')[-1]}"
-            )
+        *scope, name = name.split("/")
         owner, dot, field = name.rpartition(".")
+        if scope and not (dot and self._scopes):
+            whole = "/".join((*scope, name))
+            raise UserError(f"{given.origin}: '{whole}' has a scope, and no setting here has one; write {name}")
         if not dot:
             self._macros[name] = given
             return
@@ -135,7 +148,7 @@ class _Reader:
             raise UserError(
                 f"{given.origin}: {owner} has no field '{field}'; it has: {there}.{nearest(field, self._known[owner])}"
             )
-        self._bound[owner, field] = given
+        self._bound.setdefault(frozenset(scope), {})[owner, field] = given
 
     def _import(self, module: str, where: str) -> None:
         try:
@@ -143,9 +156,12 @@ class _Reader:
         except ImportError as error:
             raise UserError(f"{where}: cannot import {module}: {error}") from None
 
-    def resolved(self) -> Bindings:
+    def resolved(self) -> Scoped:
         used: set[str] = set()
-        values = {key: self._resolve(given, used) for key, given in self._bound.items()}
+        values = {
+            scope: {key: self._resolve(given, used) for key, given in bound.items()}
+            for scope, bound in self._bound.items()
+        }
         for name, given in self._macros.items():
             if name not in used:
                 fields = [f"{owner}.{name}" for owner, there in self._known.items() if name in there]
