@@ -110,7 +110,7 @@ def test_the_commands_of_the_readme_run(folder: pathlib.Path, capfd: pytest.Capt
             assert json.loads(out)["prediction"] in QUESTIONS
         if ran[-1] == "evaluate":
             assert "test/accuracy" in out
-    assert {"train", "search", "evaluate", "predict"} <= set(ran)
+    assert {"train", "search", "suite", "evaluate", "predict"} <= set(ran)
     mixed = [json.loads(line) for line in (folder / "mixed_answers.jsonl").read_text().splitlines()]
     assert [answer["task"] for answer in mixed] == ["questions", "films"]
     assert all(answer["prediction"] in QUESTIONS for answer in mixed)
@@ -122,8 +122,12 @@ def test_the_commands_of_the_readme_run(folder: pathlib.Path, capfd: pytest.Capt
 def words_of(command: str) -> list[str]:
     """Returns the words behind `deptjax`, with few steps, and for a gin run with the model and rows that are here."""
     words = shlex.split(command, comments=True)[1:]
-    if words[0] in ("train", "search"):
+    if words[0] in ("train", "search", "suite"):
         words += ["--steps", "2", "--quiet"]
+    if words[0] == "suite":
+        words[words.index("--suite") : words.index("--suite") + 2] = ["--tasks", "questions"]
+        words += ["--model", "t5-base", "--gin.FileSource.train=questions.jsonl", "--gin.Task.input='{question} Type:'"]
+        words += ["--seeds", "0", "--rank", "2"]
     if "--gin-file" in words:
         words += ["--model", "t5-base", "--task-file", "questions.jsonl", "--labels", ",".join(QUESTIONS)]
         words += ["--input", r"{question}\nType:"]

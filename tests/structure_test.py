@@ -30,7 +30,8 @@ ORDER = {
     "models.prompted": 2,
     "training": 3,
     "inference": 3,
-    "cli": 4,
+    "suite": 4,
+    "cli": 5,
 }
 KNOW_NO_METHOD = ("data", "interop", "checkpoint", "sharding")
 ENTRY_POINTS = ("cli", "train", "search", "evaluate", "predict", "export", "import_", "quickstart")

@@ -1,0 +1,163 @@
+"""`run_suite`: trains the runs of a plan that are missing, one after the other, and keeps the report up to date."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from deptjax.data.loaded import loaded_once
+from deptjax.data.tasks import Task, TaskData
+from deptjax.errors import UserError
+from deptjax.inference.predictor import evaluate
+from deptjax.memory import peak_can_be_reset, release_unused
+from deptjax.models.backbone import Backbone
+from deptjax.suite.folder import SuiteFolder
+from deptjax.suite.plan import Cell, Plan
+from deptjax.suite.report import write_results
+from deptjax.training.config import TrainConfig
+from deptjax.training.run import Run, train
+
+CellTrainer = Callable[[Sequence[Cell]], "int | None"]
+"""Trains cells and writes how each ended; returns the number of the signal that stopped it, `None` without one."""
+
+Notes = Callable[[Any, Task, TrainConfig], Mapping[str, str]]
+
+
+def run_suite(
+    plan: Plan,
+    train_cells: CellTrainer,
+    *,
+    model: dict[str, Any],
+    command: str = "",
+    tell: Callable[[str], object] = lambda line: None,
+) -> int | None:
+    """Trains what is missing, and writes `results.json`, `results.md` and `report.html` after every run.
+
+    Runs that ended well are kept as they are, one that was interrupted goes on where it was, and one that failed is
+    tried again. A run that fails is written down and the others go on.
+
+    Args:
+      plan: what to run.
+      train_cells: `InProcess`, or `deptjax.suite.isolated.Isolated`.
+      model: how the backbone was asked for; runs of another one are refused.
+      command: how the suite was asked for, for the report.
+      tell: is told what happens, a line at a time.
+
+    Returns:
+      The number of the signal that stopped it, `None` where all runs have ended, well or not.
+
+    Raises:
+      UserError: for a folder that cannot be used, or whose runs have other settings.
+    """
+    folder = SuiteFolder(plan.workdir)
+    with folder.claimed(plan, model, command):
+        missing = [cell for cell in plan.cells if not folder.is_done(cell)]
+        write_results(plan.workdir)
+        for number, cell in enumerate(missing, 1):
+            tell(f"run {number} of {len(missing)}: {cell}")
+            stopped_by = train_cells([cell])
+            write_results(plan.workdir)
+            if stopped_by is not None:
+                return stopped_by
+            tell(f"{cell}: {_told(folder.record(cell) or {})}")
+    return None
+
+
+def _told(record: dict[str, Any]) -> str:
+    if "error" in record:
+        return f"failed: {record['error']}"
+    return ", ".join(f"{name} {math.nan if score is None else score:.4f}" for name, score in record["test"].items())
+
+
+class InProcess:
+    """Trains cells one after the other in this process: the backbone is loaded once, and the rows of each task once.
+
+    Args:
+      plan: what the cells belong to.
+      load: returns the backbone; called when the first cell is trained.
+      progress: see `deptjax.train`.
+      notes: returns the texts to put into a new run's folder, of its method, task and configuration.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        load: Callable[[], Backbone],
+        *,
+        progress: bool | None = None,
+        notes: Notes = lambda method, task, config: {},
+    ) -> None:
+        self._plan, self._load, self._progress, self._notes = plan, load, progress, notes
+        self._folder = SuiteFolder(plan.workdir)
+        self._backbone: Backbone | None = None
+        self._task: tuple[Task, TaskData, Task] | None = None
+
+    def __call__(self, cells: Sequence[Cell]) -> int | None:
+        """Trains the cells and scores each on its test split; see `CellTrainer`."""
+        if self._backbone is None:
+            self._backbone = self._load()
+        for cell in cells:
+            release_unused()
+            began = time.perf_counter()
+            try:
+                run, test = self._train(self._backbone, cell)
+            except Exception as error:
+                self._folder.write_record(cell, {"status": "failed", "error": _one_line(error)})
+                continue
+            if not run.finished:
+                return run.signal
+            record = {
+                "status": "done",
+                "test": {name: score if math.isfinite(score) else None for name, score in test.items()},
+                "wall_seconds": time.perf_counter() - began,
+                "peak_is_its_own": peak_can_be_reset(),
+                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            }
+            self._folder.write_record(cell, record)
+        return None
+
+    def _train(self, backbone: Backbone, cell: Cell) -> tuple[Run, dict[str, float]]:
+        """Returns the run, and the test scores of its prompt; no scores where a signal stopped it."""
+        recipe = self._plan.recipe(cell)
+        data, task = self._rows(recipe.task)
+        config = recipe.config(cell.seed)
+        notes = self._notes(recipe.method, data.task, config)
+        run = train(
+            backbone,
+            recipe.method,
+            task,
+            self._folder.run(cell),
+            progress=self._progress,
+            notes=notes,
+            **{**recipe.settings, "seed": cell.seed},
+        )
+        if not run.finished:
+            return run, {}
+        assert run.prompt is not None
+        hidden = None if self._progress is None else not self._progress
+        with tqdm(total=len(data.test), desc="test", unit=" rows", disable=hidden, dynamic_ncols=True) as bar:
+            batch_size = config.eval_batch_size
+            return run, evaluate(backbone, run.prompt, task, batch_size=batch_size, on_rows=bar.update)
+
+    def _rows(self, asked: Task) -> tuple[TaskData, Task]:
+        if self._task is None or self._task[0] != asked:
+            self._task = None  # one task's rows at a time
+            self._task = (asked, *loaded_once(asked))
+        _, data, task = self._task
+        if not data.test:
+            raise UserError(f"task '{asked.name}' has no test rows to report on; give it a test file or test_size")
+        return data, task
+
+
+def _one_line(error: Exception) -> str:
+    """Returns how a failure is written down. Raises the error again where it is not the user's to mend."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; lower batch_size and eval_batch_size, or max_length"
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    raise error
