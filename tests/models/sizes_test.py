@@ -11,7 +11,8 @@ from deptjax.cli import settings
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.sizes import SIZES, parameter_count
 
-# Exact numbers as published. Where a family has only its paper's rounded ones, they are in `ROUNDED`.
+# Exact numbers as public code and pages quote them; the checkpoints themselves were not opened for this table. Where a
+# family has only its paper's rounded numbers, they are in `ROUNDED`.
 PUBLISHED = {
     # T5 1.0, torch's `num_parameters` of the released files; the paper (arXiv 1910.10683) has 60M, 220M, 770M, 3B, 11B.
     "t5-small": 60_506_624,
