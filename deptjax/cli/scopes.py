@@ -33,7 +33,7 @@ from deptjax.training.config import TrainConfig
 
 SUITE = "suite"
 DEFAULT_SEEDS = (0, 1, 2)
-_FIELDS = ("name", "tasks", "methods", "seeds", "workdir")
+_FIELDS = ("name", "tasks", "methods", "seeds", "test_examples", "workdir")
 _GROUPS = ("prompt", "low_rank", "backbone")
 _GROUP_FIELDS = {f"{group}_{field}": group for group in _GROUPS for field in ("lr", "schedule", "warmup_steps")}
 _NAMES_ROWS = tuple(settings.NAMED_BY.items())
@@ -97,7 +97,9 @@ class SuiteSettings:
             if not of_others or (given.level >= BINDING and group not in used):
                 own[key] = given
         config = settings.make_config(own, method)
-        return Recipe(_task(task, own), method, settings.changed_from_default(config))
+        asked = self._common.get((SUITE, "test_examples"))
+        examples = None if asked is None else checked(asked, Field("test_examples", ("int", "None"), None, ""))
+        return Recipe(_task(task, own), method, settings.changed_from_default(config), examples)
 
     def _of_method(self, task: str, method: str, planned: Sequence[str]) -> Settings:
         own = {key: given for key, (given, _) in self._of_pair(task, method, planned).items()}

@@ -55,7 +55,9 @@ def _suite(words: list[str]) -> int:
         return _end(workdir, write_results(workdir))
     model, plan = asked.model(), asked.plan(workdir)
     settings.check_workdir(workdir)
-    in_process = _in_process(plan, model, quiet="quiet" in options)
+    if "population" in options and "isolate" in options:
+        raise UserError("--population trains several runs in one process, and --isolate gives each its own; keep one")
+    in_process = _in_process(plan, model, quiet="quiet" in options, together="population" in options)
     if "cell" in options:
         cell = Cell.parse(options["cell"])
         plan.recipe(cell)
@@ -101,12 +103,16 @@ def _parser() -> Any:
         ("tasks", "tasks", "A,B", f"{', '.join(task_names())}, and those that a gin file makes of your own files"),
         ("methods", "methods", "A,B", ", ".join(method_names())),
         ("seeds", "seeds", "N,N", f"each method is trained on each task once with each (default {seeds})"),
+        ("test-examples", "test_examples", "N", "test rows to score, the first of them (default all)"),
         ("workdir", "workdir", "DIR", "the suite's own folder"),
     ):
         group.add_argument(f"--{name}", dest=f"suite.{dest}", metavar=metavar, help=told)
     group.add_argument("--gin-file", action="append", metavar="FILE", help="settings; may be given more than once")
     group.add_argument(
         "--gin.NAME=VALUE", dest="gin", action="store_true", help="one setting: --gin.lora/TrainConfig.steps=100"
+    )
+    group.add_argument(
+        "--population", action="store_true", help="train all seeds of a method on a task at once, as a population"
     )
     group.add_argument("--isolate", action="store_true", help="each run in a process of its own")
     group.add_argument("--report-only", action="store_true", help="make table and report of what is there; run nothing")
@@ -119,12 +125,13 @@ def _parser() -> Any:
     return parser
 
 
-def _in_process(plan: Any, model: dict[str, Any], quiet: bool) -> Any:
+def _in_process(plan: Any, model: dict[str, Any], quiet: bool, together: bool) -> Any:
     from deptjax.cli import settings
     from deptjax.interop.load import load_backbone
     from deptjax.suite.run import InProcess
+    from deptjax.suite.together import Together
 
-    return InProcess(
+    return (Together if together else InProcess)(
         plan,
         lambda: load_backbone(**model),
         progress=False if quiet else None,

@@ -348,6 +348,7 @@ def evaluate(
     task: Task | str | None = None,
     *,
     split: str = "test",
+    examples: int | None = None,
     batch_size: int = 32,
     on_rows: Callable[[int], object] = lambda rows: None,
 ) -> dict[str, float]:
@@ -358,6 +359,7 @@ def evaluate(
       prompt: a `Prompt`, or the path of one in any format that `load_prompt` knows.
       task: `None` for the task the prompt was tuned for, with its own data.
       split: `train`, `dev` or `test`.
+      examples: how many rows are scored, the first of the split; `None` for all.
       batch_size: rows a batch.
       on_rows: called after each batch with the number of its rows.
     """
@@ -367,6 +369,7 @@ def evaluate(
     rows = getattr(data, split, None)
     if split not in ("train", "dev", "test") or not rows:
         raise UserError(f"task '{chosen.name}' has no rows in split '{split}'")
+    rows = rows[:examples]
     answers = Predictor(backbone, {chosen.name or "task": prompt}, batch_size)(rows, on_rows=on_rows)
     scores = data.task.score([answer.text for answer in answers], rows)
     return {f"{split}/{name}": value for name, value in scores.items()}

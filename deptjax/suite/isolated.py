@@ -27,6 +27,10 @@ class Isolated:
         self._command = list(command)
         self._folder = SuiteFolder(plan.workdir)
 
+    def groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Returns each cell by itself."""
+        return [[cell] for cell in cells]
+
     def __call__(self, cells: Sequence[Cell]) -> int | None:
         """Trains the cells, one process after the other; a process that dies is written down as a failed run."""
         with StopSignals() as signals:

@@ -48,15 +48,19 @@ class Recipe:
       task: the task.
       method: the method.
       settings: fields of `TrainConfig`, all but `seed`.
+      test_examples: how many test rows are scored, the first of them; `None` for all.
     """
 
     task: Task
     method: Any
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    test_examples: int | None = None
 
     def __post_init__(self) -> None:
         if "seed" in self.settings:
             raise UserError("seed: a suite gives each run its own; name them all in seeds")
+        if self.test_examples is not None and self.test_examples < 1:
+            raise UserError(f"test_examples is {self.test_examples}; it must be at least 1")
         groups = self.method.learning_rates(1.0)
         TrainConfig.from_settings(dict(self.settings)).check_groups(groups, self.method.kind)
 
@@ -68,7 +72,8 @@ class Recipe:
         """Returns all that decides the result but the model and the seed, as a JSON object."""
         train = dataclasses.asdict(self.config(0))
         del train["seed"]
-        return {"task": self.task.to_config(), "method": method_to_config(self.method), "train": train}
+        method = method_to_config(self.method)
+        return {"task": self.task.to_config(), "method": method, "train": train, "test_examples": self.test_examples}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Plan:
         methods: Iterable[Any],
         seeds: Iterable[int],
         name: str | None = None,
+        test_examples: int | None = None,
         **settings: Any,
     ) -> Plan:
         """Returns the plan of every method on every task, all with the same settings.
@@ -107,6 +113,7 @@ class Plan:
           methods: methods such as `DePT(rank=8)`, or names of registered ones, which are taken with their defaults.
           seeds: whole numbers.
           name: the name of the suite, for its report.
+          test_examples: how many test rows are scored, the first of them; `None` for all.
           **settings: fields of `TrainConfig`, all but `seed`.
 
         Raises:
@@ -114,7 +121,9 @@ class Plan:
         """
         found = [get_task(task) if isinstance(task, str) else task for task in tasks]
         tuned = [method_class(method)() if isinstance(method, str) else method for method in methods]
-        recipes = tuple(Recipe(task, method, settings) for task, method in itertools.product(found, tuned))
+        recipes = tuple(
+            Recipe(task, method, settings, test_examples) for task, method in itertools.product(found, tuned)
+        )
         return cls(pathlib.Path(workdir), recipes, tuple(seeds), name)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from tqdm import tqdm
@@ -16,14 +16,23 @@ from deptjax.errors import UserError
 from deptjax.inference.predictor import evaluate
 from deptjax.memory import peak_can_be_reset, release_unused
 from deptjax.models.backbone import Backbone
+from deptjax.prompt import Prompt
 from deptjax.suite.folder import SuiteFolder
 from deptjax.suite.plan import Cell, Plan
 from deptjax.suite.report import write_results
 from deptjax.training.config import TrainConfig
 from deptjax.training.run import Run, train
 
-CellTrainer = Callable[[Sequence[Cell]], "int | None"]
-"""Trains cells and writes how each ended; returns the number of the signal that stopped it, `None` without one."""
+
+class CellTrainer(Protocol):
+    """Trains the cells of a suite."""
+
+    def groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Returns the cells, in their order, in the groups that are given to one call."""
+
+    def __call__(self, cells: Sequence[Cell]) -> int | None:
+        """Trains a group and writes how each cell ended; returns the number of the signal that stopped it, if any."""
+
 
 Notes = Callable[[Any, Task, TrainConfig], Mapping[str, str]]
 
@@ -43,7 +52,7 @@ def run_suite(
 
     Args:
       plan: what to run.
-      train_cells: `InProcess`, or `deptjax.suite.isolated.Isolated`.
+      train_cells: `InProcess`, `deptjax.suite.together.Together`, or `deptjax.suite.isolated.Isolated`.
       model: how the backbone was asked for; runs of another one are refused.
       command: how the suite was asked for, for the report.
       tell: is told what happens, a line at a time.
@@ -58,13 +67,17 @@ def run_suite(
     with folder.claimed(plan, model, command):
         missing = [cell for cell in plan.cells if not folder.is_done(cell)]
         write_results(plan.workdir)
-        for number, cell in enumerate(missing, 1):
-            tell(f"run {number} of {len(missing)}: {cell}")
-            stopped_by = train_cells([cell])
+        done = 0
+        for cells in train_cells.groups(missing):
+            told = f"runs {done + 1} to {done + len(cells)}" if len(cells) > 1 else f"run {done + 1}"
+            tell(f"{told} of {len(missing)}: {', '.join(map(str, cells))}")
+            stopped_by = train_cells(cells)
             write_results(plan.workdir)
             if stopped_by is not None:
                 return stopped_by
-            tell(f"{cell}: {_told(folder.record(cell) or {})}")
+            done += len(cells)
+            for cell in cells:
+                tell(f"{cell}: {_told(folder.record(cell) or {})}")
     return None
 
 
@@ -97,29 +110,41 @@ class InProcess:
         self._backbone: Backbone | None = None
         self._task: tuple[Task, TaskData, Task] | None = None
 
+    def groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Returns each cell by itself."""
+        return [[cell] for cell in cells]
+
     def __call__(self, cells: Sequence[Cell]) -> int | None:
         """Trains the cells and scores each on its test split; see `CellTrainer`."""
-        if self._backbone is None:
-            self._backbone = self._load()
         for cell in cells:
             release_unused()
             began = time.perf_counter()
             try:
-                run, test = self._train(self._backbone, cell)
+                run, test = self._train(self.backbone, cell)
             except Exception as error:
-                self._folder.write_record(cell, {"status": "failed", "error": _one_line(error)})
+                self._folder.write_record(cell, {"status": "failed", "error": one_line(error)})
                 continue
             if not run.finished:
                 return run.signal
-            record = {
-                "status": "done",
-                "test": {name: score if math.isfinite(score) else None for name, score in test.items()},
-                "wall_seconds": time.perf_counter() - began,
-                "peak_is_its_own": peak_can_be_reset(),
-                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            }
-            self._folder.write_record(cell, record)
+            self._write_done(cell, test, time.perf_counter() - began, peak_can_be_reset())
         return None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone, loaded at the first call."""
+        if self._backbone is None:
+            self._backbone = self._load()
+        return self._backbone
+
+    def _write_done(self, cell: Cell, test: Mapping[str, float], seconds: float, own_peak: bool) -> None:
+        record = {
+            "status": "done",
+            "test": {name: score if math.isfinite(score) else None for name, score in test.items()},
+            "wall_seconds": seconds,
+            "peak_is_its_own": own_peak,
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        }
+        self._folder.write_record(cell, record)
 
     def _train(self, backbone: Backbone, cell: Cell) -> tuple[Run, dict[str, float]]:
         """Returns the run, and the test scores of its prompt; no scores where a signal stopped it."""
@@ -139,10 +164,17 @@ class InProcess:
         if not run.finished:
             return run, {}
         assert run.prompt is not None
+        return run, self._test(backbone, run.prompt, cell)
+
+    def _test(self, backbone: Backbone, prompt: Prompt, cell: Cell) -> dict[str, float]:
+        """Returns the test scores of a prompt."""
+        recipe = self._plan.recipe(cell)
+        data, task = self._rows(recipe.task)
+        rows = len(data.test[: recipe.test_examples])
         hidden = None if self._progress is None else not self._progress
-        with tqdm(total=len(data.test), desc="test", unit=" rows", disable=hidden, dynamic_ncols=True) as bar:
-            batch_size = config.eval_batch_size
-            return run, evaluate(backbone, run.prompt, task, batch_size=batch_size, on_rows=bar.update)
+        with tqdm(total=rows, desc="test", unit=" rows", disable=hidden, dynamic_ncols=True) as bar:
+            size = recipe.config(cell.seed).eval_batch_size
+            return evaluate(backbone, prompt, task, examples=rows, batch_size=size, on_rows=bar.update)
 
     def _rows(self, asked: Task) -> tuple[TaskData, Task]:
         if self._task is None or self._task[0] != asked:
@@ -154,7 +186,7 @@ class InProcess:
         return data, task
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Returns how a failure is written down. Raises the error again where it is not the user's to mend."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; lower batch_size and eval_batch_size, or max_length"

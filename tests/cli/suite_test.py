@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from tests.cli.conftest import Command, write_rows
@@ -123,6 +124,25 @@ def test_a_suite_that_was_killed_ends_like_one_that_was_not(
     assert without_the_clock(results_of(broken)) == without_the_clock(wanted)
     assert (broken / "runs" / "films" / "prompt_tuning" / "seed-0.json").stat().st_mtime_ns == first
     check_what_is_told(whole.out, tmp_path / "whole")
+
+    ended = deptjax(*asked, "--population", "--workdir", tmp_path / "together")
+    assert ended.status == 0, ended.err
+    for own, alone in zip(results_of(tmp_path / "together")["runs"], wanted["runs"], strict=True):
+        assert {name: own[name] for name in ("test", "dev", "best_step")} == {
+            name: alone[name] for name in ("test", "dev", "best_step")
+        }
+        for name, points in alone["curve"].items():
+            np.testing.assert_allclose(own["curve"][name], points, rtol=1e-4)
+    assert deptjax(*asked, "--population", "--workdir", tmp_path / "together").out == ended.out
+
+
+def test_some_of_the_test_rows_are_scored(deptjax: Command, asked: list[object], tmp_path: pathlib.Path) -> None:
+    words = [*asked, *LORA, "--workdir", tmp_path / "suite", "--test-examples", 1]
+    assert deptjax(*words).status == 0
+    (run,) = results_of(tmp_path / "suite")["runs"]
+    assert run["test"]["accuracy"] in (0.0, 1.0)
+    assert "test_examples was 1, is now 2" in deptjax(*words[:-1], 2).error
+    assert "--population trains several" in deptjax(*words, "--population", "--isolate").error
 
 
 def check_what_is_told(out: str, folder: pathlib.Path) -> None:
