@@ -16,12 +16,12 @@ from deptjax.suite.style import METHOD_COLOURS, STYLE
 from deptjax.suite.table import (
     Table,
     markdown,
+    mean_text,
     methods_table,
     metric_of,
     mib_text,
     notes,
     runs_table,
-    score_text,
     seconds_text,
     title,
 )
@@ -119,7 +119,7 @@ def _score_charts(results: Numbers, numbers: dict[str, int]) -> Iterator[tuple[s
             method = entry["method"]
             cells = [run for run in results["runs"] if (run["task"], run["method"]) == (task, method)]
             points = tuple(score for score in map(main_score, cells) if score is not None)
-            bars.append(Bar(method, numbers[method], score["mean"], score["sd"], score_text(entry), points))
+            bars.append(Bar(method, numbers[method], score["mean"], score["sd"], mean_text(score), points))
         yield task, f"{metric}, test", bar_chart(f"{task}: {metric} on the test split, one bar a method", bars)
 
 

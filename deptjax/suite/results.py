@@ -13,6 +13,10 @@ from deptjax.suite.folder import FORMAT, SuiteFolder, read_json
 from deptjax.suite.plan import Cell
 
 Numbers = dict[str, Any]
+ALONE = "a process of its own"
+AFTER_OTHERS = "a process that had made other runs"
+WITH_OTHERS = "a process and all runs it had made"
+IN_POPULATION = "a population, all of its members together"
 AVERAGE = "average"  # stands for all tasks together, where a task's name stands otherwise
 
 
@@ -21,8 +25,9 @@ def read_results(workdir: str | pathlib.Path) -> Numbers:
 
     `runs` has one entry a run that was asked for: `task`, `method`, `seed`, `status` (`done`, `failed` or `missing`);
     of a failed one `error`; of one that is done `dev` and `test` (scores of the best prompt by the name of the metric,
-    that which selects it first), `best_step`, `trainable_parameters`, `seconds_per_step` (median), `peak_mib`,
-    `wall_seconds`, and `curve` (`[step, value]` pairs by name, of the loss and each metric on the dev split).
+    that which selects it first), `best_step`, `trainable_parameters`, `seconds_per_step` (median), `peak_mib` and
+    `peak_of` (what it is the peak of), `wall_seconds` (of the last call, where a run was interrupted), `device`, and
+    `curve` (`[step, value]` pairs by name, of the loss and each metric on the dev split).
     `summary` has one entry a task and method, and one a method over all tasks (see `summarized`).
 
     Raises `UserError` for a folder that holds no suite, or a file in it that is damaged.
@@ -58,7 +63,7 @@ def _run(folder: SuiteFolder, cell: Cell) -> Numbers:
         "trainable_parameters": result["trainable_parameters"],
         "seconds_per_step": result["seconds_per_step"],
         "peak_mib": result["peak_mib"],
-        **{name: record[name] for name in ("peak_is_its_own", "wall_seconds", "device")},
+        **{name: record[name] for name in ("peak_of", "wall_seconds", "device")},
         "curve": read_curve(folder.run(cell) / "metrics.jsonl"),
     }
 

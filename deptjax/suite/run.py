@@ -20,6 +20,7 @@ from deptjax.prompt import Prompt
 from deptjax.suite.folder import SuiteFolder
 from deptjax.suite.plan import Cell, Plan
 from deptjax.suite.report import write_results
+from deptjax.suite.results import AFTER_OTHERS, ALONE, WITH_OTHERS
 from deptjax.training.config import TrainConfig
 from deptjax.training.run import Run, train
 
@@ -109,6 +110,7 @@ class InProcess:
         self._folder = SuiteFolder(plan.workdir)
         self._backbone: Backbone | None = None
         self._task: tuple[Task, TaskData, Task] | None = None
+        self._begun = 0
 
     def groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
         """Returns each cell by itself."""
@@ -118,6 +120,7 @@ class InProcess:
         """Trains the cells and scores each on its test split; see `CellTrainer`."""
         for cell in cells:
             release_unused()
+            self._begun += 1
             began = time.perf_counter()
             try:
                 run, test = self._train(self.backbone, cell)
@@ -126,7 +129,7 @@ class InProcess:
                 continue
             if not run.finished:
                 return run.signal
-            self._write_done(cell, test, time.perf_counter() - began, peak_can_be_reset())
+            self._write_done(cell, test, time.perf_counter() - began, self._peak_of())
         return None
 
     @property
@@ -136,15 +139,21 @@ class InProcess:
             self._backbone = self._load()
         return self._backbone
 
-    def _write_done(self, cell: Cell, test: Mapping[str, float], seconds: float, own_peak: bool) -> None:
+    def _write_done(self, cell: Cell, test: Mapping[str, float], seconds: float, peak_of: str) -> None:
         record = {
             "status": "done",
             "test": {name: score if math.isfinite(score) else None for name, score in test.items()},
             "wall_seconds": seconds,
-            "peak_is_its_own": own_peak,
+            "peak_of": peak_of,
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         }
         self._folder.write_record(cell, record)
+
+    def _peak_of(self) -> str:
+        """Returns what the peak memory of a run is a peak of: a run behind others shares a process with them."""
+        if self._begun == 1:
+            return ALONE
+        return AFTER_OTHERS if peak_can_be_reset() else WITH_OTHERS
 
     def _train(self, backbone: Backbone, cell: Cell) -> tuple[Run, dict[str, float]]:
         """Returns the run, and the test scores of its prompt; no scores where a signal stopped it."""

@@ -30,7 +30,8 @@ p { margin: .5rem 0; max-width: 75ch; }
 .soft, figcaption, .legend, .notes { color: var(--soft); }
 .notes { font-size: .875rem; }
 .failed { border-left: 3px solid #c65102; padding-left: 12px; overflow-wrap: anywhere; }
-.charts { display: grid; gap: 26px 34px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+.charts { display: grid; gap: 26px 34px; margin-top: 1.3rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .curves { grid-template-columns: repeat(auto-fill, minmax(min(100%, 430px), 1fr)); }
 figure { margin: 0; min-width: 0; max-width: 520px; }
 figcaption { font-size: .875rem; margin-bottom: .5rem; overflow-wrap: anywhere; }
@@ -52,7 +53,7 @@ svg .name, svg .value { fill: var(--text); }
 .legend svg { width: 34px; height: 10px; }
 .scroll { overflow-x: auto; margin: 0 0 .8rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th, td { padding: 5px 11px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; white-space: normal; vertical-align: bottom; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); }
 .word { text-align: left; }

@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from deptjax.suite.results import AVERAGE, Numbers
+from deptjax.suite.results import AFTER_OTHERS, AVERAGE, IN_POPULATION, WITH_OTHERS, Numbers
 
 NONE = "–"
+_MARKS = {WITH_OTHERS: " †", IN_POPULATION: " ‡"}  # behind a peak that is not of the run alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def runs_table(results: Numbers) -> Table:
                 str(run["best_step"]),
                 count_text(run["trainable_parameters"]),
                 seconds_text(run["seconds_per_step"]),
-                mib_text(run["peak_mib"]) + ("" if run["peak_is_its_own"] else " †"),
+                mib_text(run["peak_mib"]) + _MARKS.get(run["peak_of"], ""),
                 f"{run['wall_seconds'] / 60:.1f}",
             )
         else:
@@ -97,8 +98,18 @@ def notes(results: Numbers) -> list[str]:
     ]
     if any(entry["task"] == AVERAGE for entry in results["summary"]):
         told.append("The average is over the tasks, and its deviation over the seeds that are done on all of them.")
-    if any(run["status"] == "done" and not run["peak_is_its_own"] for run in results["runs"]):
+    peaks = {run.get("peak_of") for run in results["runs"]}
+    if AFTER_OTHERS in peaks:
+        told.append(
+            "Peaks were taken in one process, run after run; each may hold some of what earlier runs left, up to a"
+            " few hundred MiB. With --isolate each run has a process of its own."
+        )
+    if WITH_OTHERS in peaks:
         told.append("† The peak of the process so far, earlier runs included; with --isolate it is the run's own.")
+    if IN_POPULATION in peaks:
+        told.append(
+            "‡ Trained at once with other seeds: the peak is that of all together, the seconds are a share of theirs."
+        )
     missing = sum(run["status"] != "done" for run in results["runs"])
     if missing:
         told.append(f"{missing} of {len(results['runs'])} runs are not done; (n of m) says how many a mean is over.")
@@ -133,14 +144,19 @@ def metric_of(results: Numbers, task: str) -> str:
 
 
 def score_text(entry: Numbers | None) -> str:
-    """Returns a summary's score as `83.6 ± 0.4`; with `(2 of 3)` behind it where runs are missing from it."""
+    """Returns a summary's score, with `(2 of 3)` behind it where runs are missing from it."""
     score = None if entry is None else entry["score"]
     if entry is None or score is None or score["mean"] is None:
         return NONE
-    spread = "" if score["sd"] is None else f" ± {100 * score['sd']:.1f}"
     asked = entry["of"] if entry["task"] != AVERAGE else None
     partial = f" ({score['n']} of {asked})" if asked is not None and score["n"] < asked else ""
-    return f"{100 * score['mean']:.1f}{spread}{partial}"
+    return mean_text(score) + partial
+
+
+def mean_text(score: Numbers) -> str:
+    """Returns a mean and its deviation as `83.6 ± 0.4`."""
+    spread = "" if score["sd"] is None else f" ± {100 * score['sd']:.1f}"
+    return f"{100 * score['mean']:.1f}{spread}"
 
 
 def count_text(value: int | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from deptjax.memory import release_unused
 from deptjax.prompt import Prompt
 from deptjax.suite.plan import Cell
+from deptjax.suite.results import IN_POPULATION
 from deptjax.suite.run import InProcess, one_line
 from deptjax.training.population import Population, train_population
 
@@ -45,7 +46,7 @@ class Together(InProcess):
                     self._folder.write_record(cell, {"status": "failed", "error": told})
                     continue
                 test = self._test(self.backbone, Prompt.load(self._folder.run(cell) / "prompt"), cell)
-                self._write_done(cell, test, share + time.perf_counter() - began, own_peak=False)
+                self._write_done(cell, test, share + time.perf_counter() - began, IN_POPULATION)
         return None
 
     def _train_group(self, cells: Sequence[Cell]) -> Population:

@@ -42,7 +42,7 @@ LoRA.rank = 2
 lora/TrainConfig.low_rank_lr = 0.01
 plays/lora/TrainConfig.low_rank_lr = 0.02
 """
-OF_THE_CLOCK = ("seconds_per_step", "wall_seconds", "peak_mib", "command")
+OF_THE_CLOCK = ("seconds_per_step", "wall_seconds", "peak_mib", "peak_of", "command")
 LORA = ("--tasks", "films", "--methods", "lora", "--seeds", 0)
 
 

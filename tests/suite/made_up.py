@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deptjax.suite.results import summarized
+from deptjax.suite.results import ALONE, summarized
 
 
 def run(task: str, method: str, seed: int, accuracy: float, **fields: Any) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def run(task: str, method: str, seed: int, accuracy: float, **fields: Any) -> di
         "trainable_parameters": 1234,
         "seconds_per_step": 0.5,
         "peak_mib": 128.0,
-        "peak_is_its_own": True,
+        "peak_of": ALONE,
         "wall_seconds": 90.0,
         "device": "1 x cpu",
         "curve": {

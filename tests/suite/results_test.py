@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deptjax.suite.results import mean_and_sd, read_curve, summarized
+from deptjax.suite.results import AFTER_OTHERS, IN_POPULATION, WITH_OTHERS, mean_and_sd, read_curve, summarized
 from deptjax.suite.table import Entry, markdown, methods_table, notes, runs_table
 from tests.suite.made_up import failed, results_of, run
 
@@ -84,9 +84,15 @@ def test_the_table_of_runs_has_all_metrics_and_tells_a_failure() -> None:
 
 
 def test_a_peak_that_counts_earlier_runs_is_marked() -> None:
-    results = results_of([run("films", "dept", 0, 0.5, peak_is_its_own=False)])
+    results = results_of([run("films", "dept", 0, 0.5, peak_of=WITH_OTHERS)])
     assert runs_table(results).rows[0][8].text.endswith(" †")
     assert any("--isolate" in note for note in notes(results))
+    together = results_of([run("films", "dept", 0, 0.5, peak_of=IN_POPULATION)])
+    assert runs_table(together).rows[0][8].text.endswith(" ‡")
+    assert any(note.startswith("‡") for note in notes(together))
+    after = results_of([run("films", "dept", 0, 0.5, peak_of=AFTER_OTHERS)])
+    assert "†" not in markdown(after)
+    assert any("--isolate" in note for note in notes(after))
     assert not any("--isolate" in note for note in notes(results_of(RUNS)))
 
 
