@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from deptjax.suite.results import AFTER_OTHERS, AVERAGE, IN_POPULATION, WITH_OTHERS, Numbers
 
@@ -45,7 +44,10 @@ def methods_table(results: Numbers) -> Table:
         rows.append(
             (
                 Entry(method),
-                *(Entry(score_text(entry), entry is not None and entry is best[column]) for column, entry in scores),
+                *(
+                    Entry(score_text(entry), _mean(entry) is not None and _mean(entry) == best[column])
+                    for column, entry in scores
+                ),
                 Entry(count_text(whole["trainable_parameters"])),
                 Entry(seconds_text(whole["seconds_per_step"])),
                 Entry(mib_text(whole["peak_mib"])),
@@ -179,10 +181,14 @@ def _scores(scores: Numbers) -> str:
     return ", ".join(shown) or NONE
 
 
-def _best(entries: Any) -> Numbers | None:
-    """Returns the entry with the highest mean, where there are several to choose from."""
-    known = [entry for entry in entries if entry and entry["score"] and entry["score"]["mean"] is not None]
-    return max(known, key=lambda entry: entry["score"]["mean"]) if len(known) > 1 else None
+def _mean(entry: Numbers | None) -> float | None:
+    return None if entry is None or entry["score"] is None else entry["score"]["mean"]
+
+
+def _best(entries: Iterable[Numbers | None]) -> float | None:
+    """Returns the highest mean, where there are several to choose from."""
+    known = [mean for mean in map(_mean, entries) if mean is not None]
+    return max(known) if len(known) > 1 else None
 
 
 def _markdown_table(table: Table) -> str:

@@ -75,6 +75,11 @@ def test_the_table_of_methods() -> None:
     assert any("1 of 8 runs are not done" in note for note in notes(results_of(RUNS)))
 
 
+def test_equals_stand_out_both() -> None:
+    rows = methods_table(results_of([run("films", method, 0, 0.5) for method in ("dept", "lora")])).rows
+    assert [row[1] for row in rows] == [Entry("50.0", True)] * 2
+
+
 def test_the_table_of_runs_has_all_metrics_and_tells_a_failure() -> None:
     rows = [[entry.text for entry in row] for row in runs_table(results_of(RUNS)).rows]
     assert rows[0][:6] == ["films", "dept", "0", "accuracy 60.0, f1 50.0", "accuracy 70.0", "20"]
