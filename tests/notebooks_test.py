@@ -15,7 +15,7 @@ from deptjax.testing import tiny_llama
 from tests.tiny_folders import save_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-QUICKSTART, MANY_TASKS = "01_quickstart.ipynb", "02_many_tasks.ipynb"
+QUICKSTART, MANY_TASKS, TABLE = "01_quickstart.ipynb", "02_many_tasks.ipynb", "03_reproduce_a_table.ipynb"
 COLAB = "https://colab.research.google.com/github/deptjax/deptjax/blob/main/notebooks/"
 ANSWER = re.compile(r"^(.+ \?) +-> (\w+) \((\d+)%\)$", re.MULTILINE)
 
@@ -68,7 +68,7 @@ def execute(name: str, work: pathlib.Path, **settings: object) -> Any:
         return client.execute()
 
 
-@pytest.mark.parametrize("name", [QUICKSTART, MANY_TASKS])
+@pytest.mark.parametrize("name", [QUICKSTART, MANY_TASKS, TABLE])
 def test_it_begins_with_the_badge(name: str) -> None:
     first = read(name).cells[0]
     assert first.cell_type == "markdown"
@@ -76,8 +76,9 @@ def test_it_begins_with_the_badge(name: str) -> None:
     assert COLAB + name in first.source
 
 
-def test_the_quickstart_is_committed_without_outputs() -> None:
-    code = code_cells(read(QUICKSTART))
+@pytest.mark.parametrize("name", [QUICKSTART, TABLE])
+def test_it_is_committed_without_outputs(name: str) -> None:
+    code = code_cells(read(name))
     assert len(code) > 8
     for cell in code:
         assert not cell.outputs
@@ -105,6 +106,11 @@ def many_tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return execute(MANY_TASKS, tmp_path_factory.mktemp("many_tasks"), STEPS=4, HELD_OUT=16, REPEATS=2)
 
 
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return execute(TABLE, tmp_path_factory.mktemp("table"), STEPS=3, HELD_OUT=16, TASKS="trec6")
+
+
 def test_every_cell_runs_and_the_last_ones_answer(quickstart: Any) -> None:
     code = code_cells(quickstart)
     assert all(cell.execution_count for cell in code)
@@ -127,8 +133,24 @@ def test_training_is_shown_and_compared_with_the_frozen_model(quickstart: Any) -
     assert "8/8" in progress
 
 
-def test_there_are_plots(quickstart: Any, many_tasks: Any) -> None:
-    for notebook, count in ((quickstart, 2), (many_tasks, 1)):
+def test_a_table_is_made_and_rates_are_searched(table: Any) -> None:
+    text = all_printed(table)
+    assert "6 runs, the first is trec6/dept/seed-0, the last trec6/lora/seed-1" in text
+    shown = "".join(
+        out["data"]["text/markdown"]
+        for cell in code_cells(table)
+        for out in cell["outputs"]
+        if out["output_type"] == "display_data" and "text/markdown" in out["data"]
+    )
+    for method in ("dept", "prompt_tuning", "lora"):
+        assert re.search(rf"^\| {method} \| \**\d+\.\d+ ± \d+\.\d+", shown, re.MULTILINE), shown
+    members = re.findall(r"^\| .*\d\.\d{4}.*[ *]finished\** \|$", text, re.MULTILINE)
+    assert len(members) == 9
+    assert len(re.findall(r": \w+ \(right: \w+\)$", text, re.MULTILINE)) == 5
+
+
+def test_there_are_plots(quickstart: Any, many_tasks: Any, table: Any) -> None:
+    for notebook, count in ((quickstart, 2), (many_tasks, 1), (table, 2)):
         drawn = pictures(notebook)
         assert len(drawn) == count
         for picture in drawn:
