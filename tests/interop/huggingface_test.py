@@ -70,6 +70,9 @@ def test_gpt2_fields() -> None:
     assert config_from_dict({**GPT2, "n_inner": 31, "n_ctx": None, "resid_pdrop": None}) == config_from_dict(
         {**GPT2, "n_inner": 31}
     )
+    # Of the published files of GPT-2 medium, large and XL, and of DistilGPT2.
+    older = {"n_special": 0, "predict_special_tokens": True, "_num_labels": 1, "pruned_heads": {}, "output_past": True}
+    assert config_from_dict({**GPT2, **older}) == config_from_dict(GPT2)
     quiet = config_from_dict({**GPT2, **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0)})
     assert isinstance(quiet, GPT2Config)
     assert quiet.dropout_rate == 0.0
@@ -165,6 +168,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights"),
         (GPT2, {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+        (GPT2, {"pruned_heads": {"0": [1]}}, "pruned_heads"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention"),
         (GPT2, {"activation_function": "tanh"}, "activation_function"),
         (GPT2, {"n_head": 5}, "n_head"),
