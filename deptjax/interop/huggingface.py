@@ -44,13 +44,11 @@ _T5 = (
     " tie_word_embeddings scale_decoder_outputs decoder_start_token_id"
 ).split()
 _GPT2 = (
-    (
-        "vocab_size n_embd n_layer n_head n_inner n_positions n_ctx activation_function layer_norm_epsilon embd_pdrop"
-        " attn_pdrop resid_pdrop tie_word_embeddings summary_type summary_use_proj summary_activation"
-        " summary_proj_to_labels summary_first_dropout _num_labels"  # of a classifier that stands on the model
-        " n_special predict_special_tokens"  # GPT-1's; the files of GPT-2 medium, large and XL have them, nothing reads them
-    ).split()
-)
+    "vocab_size n_embd n_layer n_head n_inner n_positions n_ctx activation_function layer_norm_epsilon embd_pdrop"
+    " attn_pdrop resid_pdrop tie_word_embeddings summary_type summary_use_proj summary_activation"
+    " summary_proj_to_labels summary_first_dropout _num_labels"  # of a classifier that stands on the model
+    " n_special predict_special_tokens"  # GPT-1's, which the files of GPT-2 medium, large and XL still name
+).split()
 # Fields with one value that this library implements, and what another value would mean.
 _LLAMA_FIXED = {
     "attention_bias": (False, "biases in the attention"),
