@@ -24,7 +24,7 @@ def _glue(name: str, kind: str) -> PaperSplits:
 
 
 def _rounded_similarity(values: Columns, paper_compat: bool) -> dict[str, Any]:
-    if "label" not in values:
+    if values.get("label") is None:
         return {}
     similarity = column_number(values, "label")
     # The paper's code writes round(5 x / 5, 1) where T5 has round(5 x) / 5.

@@ -41,6 +41,8 @@ class HFSource(NamedSplits):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", os.fspath(self.path))  # so that a pathlib.Path serialises as well
+        if not self.path.strip():
+            raise UserError("path is empty; name a folder, or a data set of the hub")
 
     @property
     def title(self) -> str:
@@ -70,8 +72,9 @@ class HFSource(NamedSplits):
     def _saved(self, library: Any, folder: Path, split: str) -> Any:
         try:
             saved = library.load_from_disk(str(folder))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} cannot be read as a saved data set: {one_line(error)}; save it again") from None
+        except (OSError, ValueError, TypeError, LookupError) as error:  # a file that is missing, cut off or edited
+            told = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{folder} cannot be read as a saved data set ({told}); save it again") from None
         by_name = saved if isinstance(saved, library.DatasetDict) else {"train": saved}
         if split not in by_name:
             raise self.no_split(split, by_name)
@@ -99,6 +102,11 @@ class HFSource(NamedSplits):
                 f"({one_line(error)}); where there is a network run datasets.load_dataset({call}) into that cache, or "
                 "save_to_disk(FOLDER) and give the folder as path"
             ) from None
+        except library.exceptions.DatasetGenerationError as error:  # which says of its cause what went wrong
+            told = one_line(error.__cause__ or error)
+            raise UserError(f"{self.title}: the files cannot be read as rows ({told}); mend them") from None
+        except StopIteration:  # what the library makes of an empty file
+            raise UserError(f"{self.title}: split '{split}' has an empty file; fill it or remove it") from None
         except (ValueError, RuntimeError) as error:  # of an unknown configuration or split; a data set that is a script
             raise UserError(f"{self.title}, split '{split}': {one_line(error)}") from None
 

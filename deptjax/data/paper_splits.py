@@ -93,7 +93,9 @@ class PaperSplits:
     def _drawn(self, rows: Sequence[Row], count: int, split: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         """Returns `count` rows drawn at random, and the others, both in the order of the draw."""
         if not 0 < count < len(rows):
-            raise UserError(f"{len(rows)} {split} rows are too few to take {max(count, 1)} from, with some left")
+            raise UserError(
+                f"{len(rows)} {split} rows are too few to take {max(count, 1)} from, with some left; give more"
+            )
         order = [rows[index] for index in torch_permutation(len(rows), self.seed)]
         return tuple(order[:count]), tuple(order[count:])
 

@@ -24,7 +24,7 @@ class PaperSettings:
 
     Attributes:
         max_length: longest source in tokens.
-        steps: updates; 30,000 on small sets, up to 300,000 on those of more than 100,000 rows.
+        steps: updates; 30,000 on small sets, 300,000 on those of more than 100,000 rows and on questions on a text.
         batch_size: rows a batch.
         accumulate: batches a step; 32 rows make a step everywhere.
     """

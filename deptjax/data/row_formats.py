@@ -7,6 +7,7 @@ score), the task names a row format, and the same function serves in training an
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,15 +65,20 @@ def column_text(values: Columns, column: str) -> str:
     """Returns the text of a column. Raises `UserError` when it is not there or has no text."""
     text = as_text(values.get(column))
     if text is None:
-        there = f"holds a {type(values[column]).__name__}" if column in values else "is missing"
+        value = values.get(column)
+        there = "is empty (null)" if value is None else f"holds a {type(value).__name__}"
+        there = there if column in values else "is missing"
         raise UserError(f"column '{column}' {there}; it must hold a text or a number")
     return text
 
 
 def column_number(values: Columns, column: str) -> float:
-    """Returns the number in a column, also one written as a text. Raises `UserError` when it holds none."""
+    """Returns the finite number in a column, also one written as a text. Raises `UserError` when it holds none."""
     text = column_text(values, column)
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise UserError(f"column '{column}' holds {text!r}; it must hold a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"column '{column}' holds {text!r}; it must hold a number")
+    return number

@@ -68,7 +68,7 @@ def _marked_by_pattern(text: str, span: str, index: int, mark: str) -> str:
     """Returns the text marked as the paper's code does it: the span is read as a regular expression, not as a text."""
     try:
         return re.sub(rf"^((?:\S+\s){{{index}}})({span})", rf"\1{mark} \2 {mark}", text)
-    except (re.error, IndexError) as error:
+    except (re.error, IndexError, OverflowError) as error:
         raise UserError(
             f"'{span}' is no regular expression ({error}), as paper_compat needs it; leave that out"
         ) from None
@@ -128,7 +128,7 @@ TASKS = (
         "record",
         _superglue("record", "large", row_each="answers"),
         "record query: {query} entities: {entities} passage: {passage}",
-        metrics=("exact_match", "token_f1"),
+        metrics=("token_f1", "exact_match"),
         target="{answer}",
         references="answers",
         row_format="record",

@@ -166,7 +166,7 @@ class Task:
         if self.labels and label not in self.labels:
             label = self.label_from_text(label)
         if self.labels and label not in self.labels:
-            raise UserError(f"{row.origin}: {_not_in_set(label, self.labels)}")
+            raise UserError(f"{_where(row)}{_not_in_set(label, self.labels)}")
         return label
 
     def target_text(self, row: Row) -> str:
@@ -215,14 +215,14 @@ class Task:
         if self.references not in row.values:
             known = ", ".join(map(str, row.values))
             raise UserError(
-                f"{row.origin}: no column '{self.references}', which task '{self.name}' names as references; the "
+                f"{_where(row)}no column '{self.references}', which task '{self.name}' names as references; the "
                 f"columns are {known}.{nearest(self.references, map(str, row.values))}"
             )
         value = row.values[self.references]
         texts = value.get("text") if isinstance(value, Mapping) else value
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise UserError(
-                f"{row.origin}: column '{self.references}' is not a list of texts, nor a dict with one as text"
+                f"{_where(row)}column '{self.references}' is not a list of texts, nor a dict with one as text"
             )
         return tuple(texts) or ("",)
 
@@ -329,6 +329,10 @@ class TaskData:
     train: tuple[Row, ...]
     dev: tuple[Row, ...]
     test: tuple[Row, ...]
+
+
+def _where(row: Row) -> str:
+    return f"{row.origin}: " if row.origin else ""
 
 
 def _not_in_set(label: str, labels: tuple[str, ...]) -> str:

@@ -62,20 +62,25 @@ class TFDSSource(NamedSplits):
         folder = self._folder()
         try:
             builder = tfds.builder_from_directory(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of a file that is missing or damaged: protobuf's own, among others
             raise UserError(f"{folder} cannot be read ({one_line(error)}); prepare {self.name} again") from None
         if split.partition("[")[0] not in builder.info.splits:  # what stands in brackets is tfds' own to check
             raise self.no_split(split, builder.info.splits)
         try:
-            examples = _examples(tfds, builder, split)
+            rows = list(_rows(_examples(tfds, builder, split), builder.info.features))
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{self.name}: {folder} holds {builder.info.file_format.value} files, which only TensorFlow reads "
                 f"({error}); install tensorflow, or {self._prepare()}"
             ) from None
-        except (OSError, ValueError) as error:
+        except ValueError as error:  # of what stands in brackets
             raise UserError(f"{self.name}, split '{split}': {one_line(error)}") from None
-        return self.made_rows(split, _rows(examples, builder.info.features))
+        except Exception as error:  # of a reader of files, each with exceptions of its own
+            raise UserError(
+                f"{self.name}, split '{split}': its files in {folder} cannot be read ({one_line(error)}); prepare it "
+                "again"
+            ) from None
+        return self.made_rows(split, rows)
 
     def _folder(self) -> Path:
         """Returns the folder of the wanted version."""

@@ -98,9 +98,33 @@ def test_what_is_not_there_is_told_in_one_line(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="doesn't contain any data files; name a folder of"):
         HFSource(tmp_path / "empty").rows("train")
-    (saved / "train" / "state.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as a saved data set"):
+    with pytest.raises(UserError, match="path is empty; name a folder, or a data set of the hub"):
+        HFSource("")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+@pytest.mark.parametrize("file", ["train/state.json", "dataset_dict.json"])
+def test_a_damaged_saved_data_set_is_told(saved, file, text):
+    (saved / file).write_text(text)
+    with pytest.raises(UserError, match=r"cannot be read as a saved data set \(\w+: .*\); save it again$"):
         HFSource(saved).rows("train")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train.csv": "a,b\n1,2\n1,2,3\n"}, r"the files cannot be read as rows \(.*Expected 2 fields .*\); mend them"),
+        ({"train.jsonl": '{"x": 1}\n', "test.jsonl": '{"y": 1}\n'}, r"cannot be read as rows \(.*\); mend them"),
+        ({"train.jsonl": ""}, "split 'train' has an empty file; fill it or remove it"),
+    ],
+    ids=["fields", "columns", "empty"],
+)
+def test_damaged_files_are_told(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        HFSource(tmp_path).rows("train")
+    assert "\n" not in str(caught.value)
 
 
 def test_config_round_trip():

@@ -307,11 +307,24 @@ def test_mistakes_in_rows_are_told() -> None:
         wsc.source_text(Row({"text": "a b"}))
     with pytest.raises(UserError, match="column 'label' holds 'high'; it must hold a number"):
         stsb.label_of(Row({**CASES["stsb"].row, "label": "high"}))
+    for bad in ("nan", "inf"):
+        with pytest.raises(UserError, match=f"column 'span1_index' holds '{bad}'; it must hold a number"):
+            wsc.source_text(Row({**WSC, "span1_index": bad}))
+        with pytest.raises(UserError, match=f"column 'label' holds '{bad}'; it must hold a number"):
+            stsb.label_of(Row({**CASES["stsb"].row, "label": bad}))
+    unlabelled = {**CASES["stsb"].row, "label": None}
+    assert stsb.source_text(unlabelled) == CASES["stsb"].source
+    with pytest.raises(UserError, match=r"column 'label' is empty \(null\)"):
+        stsb.label_of(Row(unlabelled))
+    with pytest.raises(UserError, match=r"column 'text' is empty \(null\); it must hold a text or a number"):
+        wsc.source_text(Row({**WSC, "text": None}))
     with pytest.raises(UserError, match=r"row_format 'wcs' is not known; .* Did you mean 'wsc'"):
         get_task("wsc", row_format="wcs")
     with pytest.raises(UserError, match="is no regular expression"):
         get_task("wsc", paper_compat=True).source_text(Row({**WSC, "span1_text": "Mark ("}))
-    with pytest.raises(UserError, match="label '7' is not one of 'unacceptable', 'acceptable'"):
+    with pytest.raises(UserError, match="is no regular expression"):
+        get_task("wsc", paper_compat=True).source_text(Row({**WSC, "span1_index": 10**12}))
+    with pytest.raises(UserError, match=r"^label '7' is not one of 'unacceptable', 'acceptable'"):
         get_task("cola").label_of(Row({"sentence": "a", "label": 7}))
 
 

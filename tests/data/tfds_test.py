@@ -146,6 +146,21 @@ def test_what_is_not_there_is_told_in_one_line(prepared, tmp_path):
     assert source_from_config(TFDSSource("mnist", test=None).to_config()) == TFDSSource("mnist", test=None)
 
 
+@pytest.mark.parametrize("damage", ["info", "cut", "gone"])
+def test_damaged_files_are_told(prepared, tmp_path, damage):
+    folder = shutil.copytree(prepared, tmp_path / "copy") / "reviews" / "films" / "1.10.0"
+    if damage == "info":
+        (folder / "dataset_info.json").write_text("{cut off")
+    for file in folder.glob("*train.array_record*"):
+        if damage == "cut":
+            file.write_bytes(file.read_bytes()[:100])
+        elif damage == "gone":
+            file.unlink()
+    with pytest.raises(UserError, match=r"films/1\.10\.0 cannot be read \(.*\); prepare .* again$") as caught:
+        TFDSSource("reviews/films", tmp_path / "copy").rows("train")
+    assert "\n" not in str(caught.value)
+
+
 def tfrecord_claimed(prepared: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Returns a copy whose description says TFRecord: enough for what is told before a file is opened."""
     shutil.copytree(prepared, folder)
