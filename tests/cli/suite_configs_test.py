@@ -7,10 +7,32 @@ import pathlib
 import pytest
 
 from deptjax.cli.scopes import SuiteSettings
+from deptjax.data.paper_tasks import paper_settings
+from deptjax.methods import DePT
 from deptjax.models.sizes import SIZES
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs" / "suites"
 FILES = sorted(FOLDER.glob("*.gin"))
+# Of the authors' released checkpoints on T5-base: prompt length, rank, rates of the prompt and of the pair, steps.
+RELEASED = {
+    "cola": (80, 15, 0.3, 5e-4, 40_000),
+    "mrpc": (60, 30, 0.3, 5e-3, 10_000),
+    "mnli": (60, 30, 0.3, 1e-4, 250_000),
+    "qnli": (60, 30, 0.4, 5e-3, 100_000),
+    "qqp": (60, 30, 0.4, 5e-3, 100_000),
+    "rte": (60, 30, 0.4, 1e-4, 30_000),
+    "sst2": (60, 30, 0.3, 5e-4, 30_000),
+    "stsb": (60, 30, 0.3, 1e-4, 30_000),
+    "boolq": (40, 45, 0.3, 5e-3, 30_000),
+    "cb": (60, 30, 0.4, 1e-4, 30_000),
+    "multirc": (60, 30, 0.3, 5e-3, 30_000),
+    "wic": (60, 30, 0.3, 1e-3, 20_000),
+    "wsc": (60, 30, 0.3, 1e-4, 20_000),
+    "nq": (60, 24, 0.3, 1e-4, 300_000),
+    "hotpotqa": (60, 24, 0.4, 1e-4, 250_000),
+    "searchqa": (60, 24, 0.3, 1e-4, 250_000),
+    "newsqa": (60, 24, 0.4, 1e-4, 200_000),
+}
 
 
 def test_there_are_suites() -> None:
@@ -38,3 +60,18 @@ def test_dept_has_the_parameters_of_the_papers_prompt_tuning(file: pathlib.Path,
             assert recipe.settings["max_length"] == method.max_length
             wanted = 79_560 if recipe.task.name == "multirc" else 100 * width
             assert method.prompt_length * width + (method.max_length + width) * method.rank == wanted
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem.startswith("table")], ids=lambda file: file.stem)
+def test_settings_are_those_of_the_released_checkpoints_or_of_the_paper(
+    file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for recipe in SuiteSettings([str(file)], [], {}).plan(str(tmp_path)).recipes:
+        name, config, paper = recipe.task.name, recipe.config(0), paper_settings(recipe.task.name)
+        assert {field: getattr(config, field) for field in ("max_length", "batch_size", "accumulate")} == {
+            field: paper[field] for field in ("max_length", "batch_size", "accumulate")
+        }
+        assert config.steps == (RELEASED[name][4] if name in RELEASED else paper["steps"])
+        if name in RELEASED and isinstance(recipe.method, DePT):
+            found = (recipe.method.prompt_length, recipe.method.rank, config.prompt_lr, config.low_rank_lr)
+            assert found == RELEASED[name][:4]
