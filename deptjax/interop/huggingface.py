@@ -276,7 +276,7 @@ def _gpt2(config: _Fields, kind: str) -> GPT2Config:
     width, heads = config.number("n_embd"), config.number("n_head")
     if width % heads:
         config.refuse("n_head", f"it does not divide n_embd ({width})")
-    activation = config.get("activation_function", "gelu_new")
+    activation = str(config.get("activation_function", "gelu_new"))
     if activation not in ACTIVATIONS:
         config.refuse("activation_function", f"expected one of {', '.join(ACTIVATIONS)}")
     dropout = config.rate("resid_pdrop", 0.1)

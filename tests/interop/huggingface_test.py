@@ -171,6 +171,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         (GPT2, {"pruned_heads": {"0": [1]}}, "pruned_heads"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention"),
         (GPT2, {"activation_function": "tanh"}, "activation_function"),
+        (GPT2, {"activation_function": ["gelu"]}, "activation_function"),
         (GPT2, {"n_head": 5}, "n_head"),
         (GPT2, {"n_embd": None}, "n_embd"),
         (GPT2, {"attn_pdrop": 0.2}, "attn_pdrop"),
