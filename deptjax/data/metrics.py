@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import string
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from deptjax.errors import UserError, nearest
@@ -63,6 +64,8 @@ def _matthews(answers: _Answers) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     labels = _need_labels("matthews", answers)
+    if len({*answers.references, *answers.predictions}) == 1:
+        return 0.0  # not defined; scikit-learn says so too, with a warning
     if len(labels) == 2:
         truths = [truth == labels[1] for truth in answers.references]
         return float(matthews_corrcoef(truths, answers.wrong_where_invalid(labels[1])))
@@ -87,7 +90,10 @@ def _correlation(name: str) -> Callable[[_Answers], float]:
         if len(truths) < 2 or low == high or min(said) == max(said):
             return 0.0  # a correlation with a constant is not defined; it tells nothing, as 0 does
         statistic = stats.pearsonr if name == "pearson" else stats.spearmanr
-        return float(statistic(said, truths).statistic)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of answers that are nearly constant, or too large to be summed
+            value = float(statistic(said, truths).statistic)
+        return value if math.isfinite(value) else 0.0
 
     return score
 

@@ -62,6 +62,12 @@ def test_matthews_with_three_labels():
     )
 
 
+def test_matthews_of_one_label_is_not_defined(recwarn):
+    assert score("matthews", ["pos", "pos"], ["pos", "pos"]) == 0.0
+    assert score("matthews", ["pos", "pos"], ["neg", "neg"]) == reference.matthews_corrcoef([0, 0], [1, 1]) == 0.0
+    assert not recwarn.list
+
+
 def test_correlations():
     truth = ["1.0", "2.0", "3.0", "4.0"]
     assert score("pearson", ["2", "4", "6", "8"], truth) == pytest.approx(1.0)
@@ -71,6 +77,7 @@ def test_correlations():
     for name in ("pearson", "spearman"):
         assert score(name, ["1", "2", "3", "none"], truth) == score(name, ["1", "2", "3", "1"], truth)
         assert score(name, ["nan", "2", "3", "4"], truth) == score(name, ["4", "2", "3", "4"], truth)
+    assert score("pearson", ["1e308", "1e308", "1e308", "4"], truth) == 0.0  # they have no sum
     with pytest.raises(UserError, match=r"metric 'pearson' needs numbers, and a reference is 'x'"):
         score("pearson", ["1"], ["x"])
 
