@@ -34,6 +34,8 @@ def read_rows(
     fields, a damaged Parquet file.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
     if format is None:
         format = _ENDINGS.get(path.suffix.lower())
         if format is None:
@@ -45,8 +47,6 @@ def read_rows(
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a file in it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not data.strip():
@@ -92,6 +92,10 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
             raise UserError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
         except RecursionError:
             raise UserError(f"{where}: the JSON is nested too deeply") from None
+        except UserError:  # of a field that is given twice
+            raise
+        except ValueError:  # Python's bound on what it reads as a number
+            raise UserError(f"{where}: a number has thousands of digits; write it as a text") from None
         if not isinstance(value, dict):
             raise UserError(
                 f'{where}: a {type(value).__name__}, not an object; each line must be like {{"text": "..."}}'

@@ -77,6 +77,8 @@ class PaperSplits:
             raise UserError(f"kind '{self.kind}' is not one of {', '.join(KINDS)}.{nearest(str(self.kind), KINDS)}")
         if self.train_rows is not None and self.train_rows < 1:
             raise UserError(f"train_rows={self.train_rows} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be from 0 to 4294967295")
 
     def splits(self, text_of: TextOf) -> Splits:
         """Returns the paper's splits. Raises `UserError` where there are too few official rows to divide."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -67,7 +68,7 @@ def source_from_config(config: Mapping[str, Any] | None) -> Source | None:
         return None
     settings = dict(config)
     kind = settings.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(
             f"source kind {kind!r} is not known; it is one of {sorted(_KINDS)}.{nearest(str(kind), _KINDS)}"
         )
@@ -148,7 +149,7 @@ def draw_splits(
 
 def _count(size: float, total: int, field: str) -> int:
     """Returns the number of rows that a size, share or count, means; at least one for a share above 0."""
-    if size < 0 or (size >= 1 and size != int(size)):
+    if not 0 <= size < math.inf or (size >= 1 and size != int(size)):
         raise UserError(f"{field}={size} must be a share below 1, or a whole number of rows")
     return int(size) if size >= 1 or size == 0 else max(1, round(size * total))
 

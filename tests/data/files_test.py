@@ -69,6 +69,7 @@ def test_byte_order_mark_and_encoding(tmp_path):
         ("a.jsonl", '{"text": "b"}\n["b"]\n', "line 2: a list, not an object"),
         ("a.jsonl", '{"text": "b", "text": "c"}', "line 1: field 'text' is given twice"),
         ("a.jsonl", "[" * 100_000, "line 1: the JSON is nested too deeply"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1: a number has thousands of digits; write it as a text"),
         ("a.jsonl", "", "is empty"),
         ("a.jsonl", " \n\n", "is empty"),
         ("a.csv", "text,label\n", "has no rows"),
@@ -96,6 +97,7 @@ def test_no_file_and_a_folder(tmp_path):
     assert complaint(tmp_path / "none.csv").endswith("none.csv: no such file")
     (tmp_path / "folder.csv").mkdir()
     assert "is a folder" in complaint(tmp_path / "folder.csv")
+    assert "is a folder; name a file in it" in complaint(tmp_path)
 
 
 def test_quotes_can_be_plain_text(tmp_path):

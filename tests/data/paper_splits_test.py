@@ -77,5 +77,7 @@ def test_mistakes_are_told() -> None:
         divided("small", 2, 1, 2)
     with pytest.raises(UserError, match="source 'glue' is no source of rows"):
         PaperSplits("glue", "small")
+    with pytest.raises(UserError, match="seed=-1 must be from 0 to 4294967295"):
+        divided("small", 2, 4, 2, seed=-1)
     with pytest.raises(UserError, match="train_rows=0 must be at least 1"):
         divided("small", 2, 4, 2, train_rows=0)

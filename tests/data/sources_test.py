@@ -81,8 +81,9 @@ def test_too_few_rows_and_bad_sizes():
         UserError, match=r"t\.csv: 4 rows with 2 distinct texts are too few .* give dev= and test= files"
     ):
         draw_splits(rows, text_of, dev_size=1, test_size=1, seed=0, name="t.csv")
-    with pytest.raises(UserError, match=r"dev_size=1\.5"):
-        draw_splits(rows, text_of, dev_size=1.5, test_size=0, seed=0)
+    for size in (1.5, -0.1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=rf"dev_size={size} must be a share below 1, or a whole number of rows"):
+            draw_splits(rows, text_of, dev_size=size, test_size=0, seed=0)
     drawn = draw_splits(rows, text_of, dev_size=1, test_size=0, seed=0)
     assert drawn.train
     assert drawn.dev
@@ -96,6 +97,8 @@ def test_config_round_trip_and_its_errors(tmp_path):
     assert source_from_config(None) is None
     with pytest.raises(UserError, match=r"'fil' is not known.*Did you mean 'file'"):
         source_from_config({"kind": "fil"})
+    with pytest.raises(UserError, match=r"source kind \['file'\] is not known"):
+        source_from_config({"kind": ["file"]})
     with pytest.raises(UserError, match="trian"):
         source_from_config({"kind": "file", "trian": "a"})
     with pytest.raises(UserError, match=r"format='jsnol'.*Did you mean 'jsonl'"):
