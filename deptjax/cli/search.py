@@ -52,7 +52,7 @@ def _search(words: list[str]) -> int:
     )
     asked = read_request(parser, words)
     halving = checked(Given(asked.options.get("halving", "0"), "--halving", FLAG), Field("halving", ("int",), 0, ""))
-    varied = dict(_values(word, asked.method) for word in asked.options.get("vary", []))
+    varied = _varied(asked)
     from deptjax.interop.load import load_backbone
 
     backbone = load_backbone(**asked.model)
@@ -73,9 +73,34 @@ def _search(words: list[str]) -> int:
         return STOPPED + (population.signal or 0)
     print((population.workdir / "members.md").read_text(), end="")
     for task in population.prompts:
-        place = population.workdir / ("prompt" if len(population.prompts) == 1 else f"prompts/{task}")
-        print(f"{place}: the best of {sum(member.task == task for member in population.members)} on {task}")
+        count = sum(member.task == task for member in population.members)
+        print(f"{population.place(task)}: the best of {count} on {task}")
     return 0
+
+
+def _varied(asked: Any) -> dict[str, list[Any]]:
+    """Returns what is varied, each with its values, those of `task` read; what is quick to check is checked."""
+    from deptjax.data.loaded import loaded_once
+    from deptjax.data.tasks import get_task
+    from deptjax.errors import UserError
+    from deptjax.training.config import TrainConfig
+    from deptjax.training.members import TASK, grid, make_members
+
+    varied: dict[str, list[Any]] = {}
+    for word in asked.options.get("vary", []):
+        name, values = _values(word, asked.method)
+        if name in varied:
+            raise UserError(f"--vary {name} is given twice; write all of its values behind one, with commas between")
+        varied[name] = values
+    if TASK in varied:
+        varied[TASK] = [loaded_once(get_task(name))[1] for name in varied[TASK]]
+    members = make_members(asked.method, asked.task, grid(**varied), asked.changed)
+    if not all(TrainConfig.from_settings(member.settings).eval_every for member in members):
+        raise UserError("--eval-every is 0, and a search chooses by scores on the dev split; give it, or leave it out")
+    for task in {id(member.task): member.task for member in members}.values():
+        if not task.load().dev:
+            raise UserError(f"task '{task.name}' has no dev rows to choose by; give it a dev file, or train it apart")
+    return varied
 
 
 def _values(word: str, method: Any) -> tuple[str, list[Any]]:

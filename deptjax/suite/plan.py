@@ -13,6 +13,7 @@ from deptjax.data.tasks import Task, get_task
 from deptjax.errors import UserError
 from deptjax.methods.base import method_class, method_to_config
 from deptjax.training.config import TrainConfig
+from deptjax.training.folder import check_folder_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +132,7 @@ class Plan:
             raise UserError("a suite needs at least one task and one method")
         pairs = [(recipe.task.name, recipe.method.kind) for recipe in self.recipes]
         for task, _ in pairs:
-            if not re.fullmatch(r"\w[\w.-]*", task):
-                raise UserError(f"task '{task}' cannot name a folder; give it a name of letters, digits, '_', '-', '.'")
+            check_folder_name(task)
         _check_distinct(pairs, lambda pair: f"method '{pair[1]}' on task '{pair[0]}'")
         if not self.seeds:
             raise UserError("a suite needs at least one seed")

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -137,6 +138,12 @@ def locked(file: pathlib.Path, whose: str) -> TextIO:
             f"{file.parent} is in use by {whose} under way; wait for it, or choose another workdir"
         ) from None
     return lock
+
+
+def check_folder_name(task: str) -> None:
+    """Raises `UserError` for a task's name that cannot be a folder's."""
+    if not re.fullmatch(r"\w[\w.-]*", task):
+        raise UserError(f"task '{task}' cannot name a folder; give it a name of letters, digits, '_', '-', '.'")
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from deptjax.data.tasks import Task, get_task
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import Method, method_fields, method_from_config, method_to_config
+from deptjax.training.folder import check_folder_name
 
 TASK = "task"
 SETTINGS = ("seed", "prompt_lr", "low_rank_lr", "backbone_lr")  # the fields of `TrainConfig` that members may vary
@@ -49,8 +50,13 @@ def member_name(varied: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    text = value.name if isinstance(value, Task) else f"{value:g}" if isinstance(value, float) else str(value)
+    text = value.name if isinstance(value, Task) else _number(value) if isinstance(value, float) else str(value)
     return "".join(c if c.isalnum() or c in "+-._" else "-" for c in text)[:60]
+
+
+def _number(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)  # two rates that differ late have two names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +82,7 @@ def make_members(
       settings: the fields of `TrainConfig` that all have.
 
     Raises:
-      UserError: for a name that cannot vary, two members that are alike, or none at all.
+      UserError: for a name that cannot vary, two members that are alike, or none at all; for two tasks of one name.
     """
     if not varied:
         raise UserError("a population of no members; give at least one, such as {'seed': 0}")
@@ -106,7 +112,20 @@ def make_members(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two members are both '{name}'; keep one")
+    _check_tasks([member.task for member in members])
     return members
+
+
+def _check_tasks(tasks: Sequence[Task]) -> None:
+    """Raises `UserError` where a task's name cannot tell it from the others: the best of each is kept under it."""
+    named: dict[str, Task] = {}
+    for task in tasks:
+        if named.setdefault(task.name, task) != task:
+            raise UserError(
+                f"two different tasks of the population are both named '{task.name}'; rename one, or share it"
+            )
+    for name in named if len(named) > 1 else ():
+        check_folder_name(name)
 
 
 def rungs(steps: int, members: int, factor: int) -> tuple[int, ...]:
@@ -165,11 +184,18 @@ class MemberResult:
 
 
 def winners(results: Sequence[MemberResult]) -> dict[str, MemberResult]:
-    """Returns the best member of each task that has one with a score; of equal scores the first."""
+    """Returns the best member of each task; of equal scores the first.
+
+    Only a member with a prompt that was kept can be the best. Without scores, one that is its task's only member is.
+    """
     best: dict[str, MemberResult] = {}
     for result in results:
         leader = best.get(result.task)
-        if result.score is not None and (leader is None or result.score > (leader.score or -math.inf)):
+        if result.score is None:
+            only = sum(other.task == result.task for other in results) == 1
+            if only and result.best_step:
+                best[result.task] = result
+        elif leader is None or leader.score is None or result.score > leader.score:
             best[result.task] = result
     return best
 
@@ -192,4 +218,6 @@ def markdown_table(results: Sequence[MemberResult]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if value is None:
+        return ""
+    return _number(value) if isinstance(value, float) else " ".join(str(value).split()).replace("|", "\\|")

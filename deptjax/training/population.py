@@ -57,7 +57,7 @@ class Population:
       step: the updates done so far.
       signal: the number of the signal that stopped the run, `None` when it is finished.
       trainable_parameters: how many numbers one member tunes.
-      seconds_per_step: median of the time of a step, divided by the members it moved; `None` when none was taken.
+      seconds_per_step: median of the time of a step, divided by the members it trained; `None` when none was taken.
       peak_mib: peak memory while training (see `PeakMemory`).
     """
 
@@ -70,6 +70,10 @@ class Population:
     trainable_parameters: int
     seconds_per_step: float | None
     peak_mib: float
+
+    def place(self, task: str) -> pathlib.Path:
+        """Returns the folder of the best prompt of a task: `prompt`, and with several tasks `prompts/TASK`."""
+        return _place(self.workdir, self.members, task)
 
 
 def train_population(
@@ -88,11 +92,13 @@ def train_population(
 ) -> Population:
     """Tunes all `members` at once, each into a run's folder of its own, and keeps the best prompt of each task.
 
-    The best one is in `workdir/prompt`; with several tasks, each task's is in `workdir/prompts/TASK`. A member whose
-    loss is not finite ends there, and the others go on. Calling it again with the same arguments resumes.
+    The best on the dev split is in `workdir/prompt`; with several tasks, each task's is in `workdir/prompts/TASK`. A
+    task without dev rows has no best, unless it has one member only. A member whose loss is not finite ends there, and
+    the others go on. Calling it again with the same arguments resumes.
 
     A member's batches are those it would have alone, padded to the longest of all members'. With a backbone's dropout
-    on, that changes which numbers are dropped wherever the padded lengths differ; `buckets=1` keeps them equal.
+    on, that changes which numbers are dropped wherever the padded lengths differ; for members of one task with labels,
+    `buckets=1` keeps them equal.
 
     Args:
       backbone: from `load_backbone`.
@@ -102,7 +108,7 @@ def train_population(
       members: for each member what is its own (`grid` makes all combinations): `task`; `seed`, `prompt_lr`,
         `low_rank_lr`, `backbone_lr`; fields of the method that say how it starts, such as `prompt_init`.
       halving: a factor of 2 or more cuts the members by it at each of some steps (successive halving), until one of
-        each task goes on; 0 trains all to the end.
+        each task goes on; 0 trains all to the end. At these steps members are evaluated, besides `eval_every`.
       folders: the members' folders, in their order; by default below `workdir`.
       progress: whether to draw a progress bar; `None` draws one on a terminal, `False` prints nothing at all.
       placement: the devices; by default all there are.
@@ -110,7 +116,7 @@ def train_population(
       **settings: the fields of `TrainConfig`, for all members.
 
     Raises:
-      UserError: for members that cannot be stacked, and all that `train` refuses; when every member has diverged.
+      UserError: for members that cannot be stacked, and all that `train` refuses; when no member leaves a prompt.
     """
     config = TrainConfig.from_settings(settings)
     placement = Placement.over() if placement is None else placement
@@ -120,9 +126,9 @@ def train_population(
     chosen = make_members(method, task, members, settings)
     tunings = _tunings(backbone, chosen)
     first = tunings[0]
-    evaluated = bool(config.eval_every) and all(tuning.encoded.dev for tuning in tunings)
-    if halving and not evaluated:
-        raise UserError("halving compares members on the dev split; give eval_every and a task with dev rows")
+    evaluated = [bool(config.eval_every and tuning.encoded.dev) for tuning in tunings]
+    if halving and not all(evaluated):
+        raise UserError("halving compares members on the dev split; give eval_every and tasks with dev rows")
 
     starts = [tuning.start() for tuning in tunings]
     trainable, frozen = starts[0][0], placement.put(starts[0][1])
@@ -158,7 +164,7 @@ def train_population(
             frozen=frozen,
             streams=streams,
             stream_of=stream_of,
-            evaluators=[evaluators[id(tuning.encoded)] for tuning in tunings] if evaluated else None,
+            evaluators=[evaluators[id(t.encoded)] if own else None for t, own in zip(tunings, evaluated, strict=True)],
             placement=placement,
             rungs=rungs(config.steps, most, halving),
             factor=halving,
@@ -255,6 +261,11 @@ def _write_table(folder: RunFolder, results: Sequence[MemberResult]) -> None:
             write_text(folder.path / "members.md", markdown_table(results))
 
 
+def _place(workdir: pathlib.Path, results: Sequence[MemberResult], task: str) -> pathlib.Path:
+    """Returns the folder of a task's best prompt."""
+    return workdir / "prompt" if len({result.task for result in results}) == 1 else workdir / "prompts" / task
+
+
 def _finish(
     folder: RunFolder,
     member_folders: Sequence[RunFolder],
@@ -278,7 +289,7 @@ def _finish(
                 kept = {"best_step": result.best_step, "metrics": result.metrics, "ended": result.ended}
                 write_json(own.result, {**kept, **shared, "members": len(members)})
             for task, result in best.items():
-                place = folder.prompt if len(best) == 1 else folder.path / "prompts" / task
+                place = _place(folder.path, results, task)
                 Prompt.load(member_folders[results.index(result)].prompt).save(place)
             _write_table(folder, results)
             write_json(folder.result, {"best": {task: result.name for task, result in best.items()}, **shared})

@@ -65,7 +65,7 @@ class PopulationProgress:
 
 @dataclasses.dataclass(frozen=True)
 class PopulationOutcome:
-    """How the loop ended; `seconds_per_step` is the median of a step's time over the members that it moved."""
+    """How the loop ended; `seconds_per_step` is the median of a step's time over the members that it trained."""
 
     progress: PopulationProgress
     finished: bool
@@ -87,7 +87,7 @@ class PopulationLoop:
       frozen: the frozen tree.
       streams: iterators over batches, with `get_state`.
       stream_of: for each member, which of the streams is its own.
-      evaluators: of each member, or `None` where nothing is evaluated.
+      evaluators: of each member, `None` for one that is not evaluated.
       placement: the devices.
       rungs: the steps at which the worse members are cut.
       factor: the share of members that go on is one in so many.
@@ -103,7 +103,7 @@ class PopulationLoop:
     frozen: Tree
     streams: Sequence[Iterator[Batch]]
     stream_of: Sequence[int]
-    evaluators: Sequence[Evaluator] | None
+    evaluators: Sequence[Evaluator | None]
     placement: Placement
     rungs: tuple[int, ...]
     factor: int
@@ -111,7 +111,10 @@ class PopulationLoop:
     bar: bool | None = None
 
     def run(self, states: TrainState, progress: PopulationProgress) -> PopulationOutcome:
-        """Trains until the last step or a signal, then saves. Raises `UserError` when every member has diverged."""
+        """Trains until the last step or a signal, then saves; ends early when no member is left that could go on.
+
+        Raises `UserError` when no member has left a prompt.
+        """
         config = self.config
         done = int(states.step) // config.accumulate
         for folder in self.folders:
@@ -121,11 +124,11 @@ class PopulationLoop:
             with StopSignals() as signals, self._make_bar(done) as bar:
                 spoke = time.perf_counter()
                 traits = self._traits(progress)
-                while done < config.steps and signals.received is None:
+                while done < config.steps and (alive := self._alive(progress)) and signals.received is None:
                     began = time.perf_counter()
                     states, metrics = self._step(states, progress, traits)
                     done += 1
-                    seconds.append((time.perf_counter() - began) / len(progress.slots))
+                    seconds.append((time.perf_counter() - began) / alive)
                     bar.update()
                     if self._take(metrics, done, progress):
                         traits = self._traits(progress)
@@ -133,15 +136,15 @@ class PopulationLoop:
                     self._log(done, metrics, progress)
                     spoke = self._speak(bar, done, progress, spoke)
                     evaluate = self._due(done, config.eval_every) or done == config.steps or done in self.rungs
-                    if self.evaluators and evaluate:
+                    if evaluate and any(self.evaluators):
                         self._evaluate(states, done, progress, bar)
-                        if done in self.rungs:
+                        if done in self.rungs and self._alive(progress):
                             states = self._cut(states, done, progress, bar)
                             traits = self._traits(progress)
                         self.report(progress)
                     if self._due(done, config.checkpoint_every):
                         self._checkpoint(states, progress)
-            finished = done == config.steps
+            finished = done == config.steps or not self._alive(progress)
             if finished:
                 self._finish(states, progress)
             self._checkpoint(states, progress)
@@ -176,7 +179,7 @@ class PopulationLoop:
         return traits
 
     def _take(self, metrics: list[Any], done: int, progress: PopulationProgress) -> bool:
-        """Keeps the losses of a step; returns whether a member has diverged, and raises when all have."""
+        """Keeps the losses of a step; returns whether a member has diverged."""
         changed = False
         for slot, number in enumerate(progress.slots):
             member = progress.members[number]
@@ -187,11 +190,6 @@ class PopulationLoop:
                 member.unlogged.append(sum(float(found["loss"][slot]) for found in metrics) / len(metrics))
             else:
                 member.ended, changed = "diverged", True
-        if changed and all(member.ended for member in progress.members):
-            raise UserError(
-                f"the loss of every member is not a finite number, of the last one at step {done}; lower the learning "
-                "rates and use a new workdir"
-            )
         return changed
 
     def _log(self, done: int, metrics: list[Any], progress: PopulationProgress) -> None:
@@ -199,7 +197,7 @@ class PopulationLoop:
             return
         for slot, number in enumerate(progress.slots):
             member, tuning = progress.members[number], self.tunings[number]
-            if not member.unlogged:
+            if member.ended or not member.unlogged:
                 continue
             schedules = tuning.config.schedules(tuning.rates)
             values = {
@@ -212,14 +210,14 @@ class PopulationLoop:
                 self.folders[number].log(done, values)
 
     def _evaluate(self, states: TrainState, done: int, progress: PopulationProgress, bar: tqdm) -> None:
-        assert self.evaluators is not None
         bar.set_description("evaluating")
         for slot, number in enumerate(progress.slots):
             member = progress.members[number]
-            if member.ended:
+            evaluator = self.evaluators[number]
+            if member.ended or evaluator is None:
                 continue
             trainable = member_of(states.trainable, slot)
-            metrics = self.tunings[number].evaluate(self.evaluators[number], trainable, self.frozen)
+            metrics = self.tunings[number].evaluate(evaluator, trainable, self.frozen)
             score = next(iter(metrics.values()))
             if not math.isnan(score) and (member.best_score is None or score > member.best_score):
                 member.best_step, member.best_score, member.best_metrics = done, score, metrics
@@ -227,11 +225,12 @@ class PopulationLoop:
             if jax.process_index() == 0:
                 self.folders[number].log(done, metrics)
         bar.set_description("training")
-        leaders = [member for member in progress.members if member.best_score is not None]
-        if leaders and self.bar is not False:
-            best = max(leaders, key=lambda member: member.best_score or -math.inf)
-            told = ", ".join(f"{name} {value:.4f}" for name, value in best.best_metrics.items())
-            name = self.tunings[progress.members.index(best)].task.name
+        scores = [(m.best_score, -number) for number, m in enumerate(progress.members) if m.best_score is not None]
+        if scores and self.bar is not False:
+            number = -max(scores)[1]
+            metrics = progress.members[number].best_metrics
+            told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            name = self.tunings[number].task.name
             bar.write(f"step {done}: the best of {self._alive(progress)} members on {name}: {told}", file=sys.stderr)
 
     def _cut(self, states: TrainState, done: int, progress: PopulationProgress, bar: tqdm) -> TrainState:
@@ -256,13 +255,16 @@ class PopulationLoop:
             if member.ended:
                 continue
             member.ended = "finished"
-            if self.evaluators is None:
+            if self.evaluators[number] is None:
                 member.best_step = member.step
                 self._save_prompt(number, member_of(states.trainable, slot), {})
-        if self.evaluators and all(member.best_score is None for member in progress.members):
+        if not any(member.best_step for member in progress.members):  # no prompt was kept
+            lost = all(member.ended == "diverged" for member in progress.members)
+            last = max(member.step for member in progress.members) + 1
+            told = f"the loss of every member is not a finite number, of the last one at step {last}"
             raise UserError(
-                "no evaluation gave finite numbers, so there is no prompt to keep; lower the learning rates and use a "
-                "new workdir"
+                f"{told if lost else 'no evaluation gave finite numbers'}, so there is no prompt to keep; lower the "
+                "learning rates and use a new workdir"
             )
 
     def _save_prompt(self, number: int, trainable: Tree, metrics: dict[str, float]) -> None:

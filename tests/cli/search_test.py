@@ -42,8 +42,18 @@ def test_a_search_keeps_the_best_and_tells_of_all(
         (["--vary", "seed=a"], "--vary seed: seed 'a' is not a whole number"),
         (["--vary", "seed=[1,"], "--vary seed: broken JSON"),
         (["--vary", "task=trec7"], "no task is named 'trec7'"),
-        (["--halving", "1"], "halving is 1"),
+        (["--vary", "seed=0", "--vary", "seed=1"], "--vary seed is given twice; write all of its values behind one"),
+        (["--vary", "prompt_lr=0.1,-0.1"], "prompt_lr is -0.1; it must be above 0"),
+        (["--vary", "seed=1,1"], "two members are both 'seed=1'"),
+        (["--eval-every", "0"], "--eval-every is 0, and a search chooses by scores on the dev split"),
+        (["--gin.FileSource.dev_size=0"], "has no dev rows to choose by"),
     ],
 )
-def test_mistakes_are_one_line(deptjax: Command, asked: list[object], flags: list[str], told: str) -> None:
-    assert told in deptjax("search", *asked[1:], *flags).error
+def test_mistakes_are_told_before_a_model_is_loaded(
+    deptjax: Command, asked: list[object], tmp_path: pathlib.Path, flags: list[str], told: str
+) -> None:
+    assert told in deptjax("search", *asked[1:], "--model", tmp_path / "none", *flags).error
+
+
+def test_halving_by_one_is_refused(deptjax: Command, asked: list[object]) -> None:
+    assert "halving is 1; it must be 2 or more" in deptjax("search", *asked[1:], "--halving", "1").error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from deptjax.errors import UserError
@@ -42,6 +44,7 @@ def test_default_grid_surrounds_each_rate() -> None:
 def test_a_name_is_a_folders_name() -> None:
     assert member_name({"task": review_task(), "prompt_text": "a/b: c?"}) == "task=reviews,prompt_text=a-b--c-"
     assert member_name({}) == "default"
+    assert member_name({"prompt_lr": 0.3000001}) == "prompt_lr=0.3000001"
 
 
 def test_what_varies_goes_where_it_belongs() -> None:
@@ -60,6 +63,8 @@ def test_what_varies_goes_where_it_belongs() -> None:
         ([{"prompt_rl": 0.1}], "cannot vary 'prompt_rl'.*prompt_lr"),
         ([{"steps": 3}], "cannot vary 'steps'"),
         ([{"seed": 1}, {"seed": 1}], "two members are both 'seed=1'"),
+        ([{"seed": 1}, {"seed": 2, "task": review_task(train=8)}], "two different tasks .* are both named 'reviews'"),
+        ([{}, {"task": dataclasses.replace(review_task(), name="a/b")}], "task 'a/b' cannot name a folder"),
     ],
 )
 def test_members_that_cannot_be(varied: list[dict[str, object]], told: str) -> None:
@@ -94,16 +99,30 @@ def test_survivors_are_the_best() -> None:
 
 
 def test_winners_are_of_each_task() -> None:
-    results = [result("a", 0.5), result("b", 0.75), result("c", 0.75), result("d", 0.1, "u"), result("e", None, "v")]
+    results = [result("a", 0.5), result("b", 0.75), result("c", 0.75), result("d", 0.1, "u"), result("e", None, "u")]
     assert {task: found.name for task, found in winners(results).items()} == {"t": "b", "u": "d"}
 
 
+def test_a_score_of_zero_is_better_than_one_below() -> None:
+    """A correlation may be negative."""
+    for scores, best in [((0.0, -0.5), "a"), ((-0.5, 0.0), "b"), ((0.0, 0.0), "a"), ((-0.5, -0.25), "b")]:
+        results = [result(name, score) for name, score in zip("ab", scores, strict=True)]
+        assert winners(results)["t"].name == best
+
+
+def test_without_scores_only_the_only_member_of_a_task_is_its_best() -> None:
+    several = [result("a", None), result("b", None), result("c", None, "u")]
+    assert {task: found.name for task, found in winners(several).items()} == {"u": "c"}
+    without_a_prompt = dataclasses.replace(result("d", None), best_step=0)
+    assert winners([without_a_prompt]) == {}
+
+
 def test_table_has_all_members_the_best_first_and_bold() -> None:
-    results = [result("aa", 0.5), result("b|", 0.75, step=4, ended="cut"), result("ccc", None, ended="diverged")]
+    results = [result("aa", 0.5), result("b|\n", 0.75, step=4, ended="cut"), result("ccc", None, ended="diverged")]
     assert markdown_table(results).splitlines() == [
         "| prompt_lr | init | dev/accuracy | best step | ended |",
         "| --- | --- | --- | --- | --- |",
-        "| **2** | **b\\|** | **0.7500** | **5** | **cut at 4** |",
+        "| **3** | **b\\|** | **0.7500** | **5** | **cut at 4** |",
         "| 2 | aa | 0.5000 | 5 | finished |",
         "| 3 | ccc |  | 5 | diverged at 9 |",
     ]

@@ -249,8 +249,42 @@ def test_losses_of_two_kinds_are_told_apart(tmp_path: pathlib.Path) -> None:
         train_population(backbone_of("llama"), METHOD, None, tmp_path / "run", members, **SMALL)
 
 
+def test_a_task_without_dev_rows_beside_one_that_has_some(tmp_path: pathlib.Path) -> None:
+    """Each task's members are evaluated, or not, as they would be alone."""
+    blind = dataclasses.replace(REVIEWS, name="blind", source=MemorySource(review_rows(30), dev_size=0))
+    members = [{"task": REVIEWS}, {"task": blind}]
+    population = train_population(backbone_of("llama"), METHOD, None, tmp_path / "both", members, **SMALL)
+    seen, unseen = population.members
+    assert seen.score is not None
+    assert (unseen.score, unseen.best_step) == (None, SMALL["steps"])
+    for number, task in enumerate((REVIEWS, blind)):
+        alone = train(backbone_of("llama"), METHOD, task, tmp_path / task.name, **SMALL).prompt
+        assert alone is not None
+        kept = Prompt.load(population.place(task.name))
+        assert kept.metrics == alone.metrics == population.members[number].metrics
+        for name, value in alone.trainable["input"].items():
+            np.testing.assert_allclose(kept.trainable["input"][name], value, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="halving compares members on the dev split"):
+        train_population(backbone_of("llama"), METHOD, None, tmp_path / "run", members, halving=2, **SMALL)
+
+
+def test_what_was_good_before_all_diverged_is_kept(tmp_path: pathlib.Path) -> None:
+    members = grid(prompt_lr=[2e38, 3e38])
+    settings = {**SMALL, "steps": 30, "eval_every": 1}
+    asked = (backbone_of("llama"), PromptTuning(prompt_length=4), review_task(), tmp_path, members)
+    population = train_population(*asked, **settings)
+    assert [member.ended for member in population.members] == ["diverged", "diverged"]
+    assert population.finished
+    assert population.step < 30
+    assert Prompt.load(population.place("reviews")).metrics == population.prompts["reviews"].metrics
+    assert population.prompts["reviews"].metrics["dev/accuracy"] == max(m.score or 0 for m in population.members)
+    assert train_population(*asked, **settings).members == population.members
+
+
 def test_all_diverge(tmp_path: pathlib.Path) -> None:
     members = grid(prompt_lr=[2e38, 3e38])
     method = PromptTuning(prompt_length=4)
     with pytest.raises(UserError, match="the loss of every member is not a finite number"):
-        train_population(backbone_of("llama"), method, review_task(), tmp_path, members, **{**SMALL, "steps": 30})
+        train_population(
+            backbone_of("llama"), method, review_task(), tmp_path, members, **{**SMALL, "steps": 30, "eval_every": 30}
+        )
