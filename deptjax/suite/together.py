@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 
 from deptjax.memory import release_unused
 from deptjax.prompt import Prompt
+from deptjax.suite.folder import read_json
 from deptjax.suite.plan import Cell
 from deptjax.suite.results import IN_POPULATION
 from deptjax.suite.run import InProcess, one_line
@@ -26,41 +28,65 @@ class Together(InProcess):
         return [[cell for cell in cells if (cell.task, cell.method) == pair] for pair in pairs]
 
     def __call__(self, cells: Sequence[Cell]) -> int | None:
-        """Trains the cells, those of a method and a task at once, and scores each on its test split."""
+        """Trains the cells, those of a method and a task at once, and scores each on its test split.
+
+        A run that has been trained, and not scored before the suite was stopped, is only scored.
+        """
         for group in self.groups(cells):
             release_unused()
             began = time.perf_counter()
-            try:
-                population = self._train_group(group)
-            except Exception as error:
-                for cell in group:
-                    self._folder.write_record(cell, {"status": "failed", "error": one_line(error)})
-                continue
-            if not population.finished:
-                return population.signal
-            share = (time.perf_counter() - began) / len(group)
-            for cell, member in zip(group, population.members, strict=True):
-                began = time.perf_counter()
-                if member.ended == "diverged":
-                    told = f"the loss is not a finite number at step {member.step + 1}; lower the learning rates"
-                    self._folder.write_record(cell, {"status": "failed", "error": told})
-                    continue
-                test = self._test(self.backbone, Prompt.load(self._folder.run(cell) / "prompt"), cell)
-                self._write_done(cell, test, share + time.perf_counter() - began, IN_POPULATION)
+            new = [cell for cell in group if not self._is_trained(cell)]
+            if new:
+                try:
+                    population = self._train_group(new)
+                except Exception as error:
+                    told = one_line(error)
+                    for cell in new:
+                        self._folder.write_record(cell, {"status": "failed", "error": told})
+                    group = [cell for cell in group if cell not in new]
+                else:
+                    if not population.finished:
+                        return population.signal
+            share = (time.perf_counter() - began) / max(len(new), 1)
+            for cell in group:
+                self._score(cell, share if cell in new else 0.0)
         return None
+
+    def _is_trained(self, cell: Cell) -> bool:
+        result = self._folder.run(cell) / "result.json"
+        return result.exists() and read_json(result).get("ended") != "diverged"
+
+    def _score(self, cell: Cell, seconds: float) -> None:
+        """Writes how a cell ended whose training has ended; `seconds` is what it took."""
+        result = read_json(self._folder.run(cell) / "result.json")
+        if result.get("ended") == "diverged":
+            told = f"the loss is not a finite number at step {result['step'] + 1}; lower the learning rates"
+            self._folder.write_record(cell, {"status": "failed", "error": told})
+            return
+        began = time.perf_counter()
+        try:
+            test = self._test(self.backbone, Prompt.load(self._folder.run(cell) / "prompt"), cell)
+        except Exception as error:
+            self._folder.write_record(cell, {"status": "failed", "error": one_line(error)})
+            return
+        self._write_done(cell, test, seconds + time.perf_counter() - began, IN_POPULATION)
 
     def _train_group(self, cells: Sequence[Cell]) -> Population:
         first = cells[0]
         recipe = self._plan.recipe(first)
         data, task = self._rows(recipe.task)
         seeds = "-".join(str(cell.seed) for cell in cells)
+        place = self._folder.path / "populations" / first.task / first.method / f"seeds-{seeds}"
+        folders = [self._folder.run(cell) for cell in cells]
+        if not all((folder / "config.json").exists() for folder in folders):
+            shutil.rmtree(place, ignore_errors=True)  # of runs that were removed, to be trained anew
         return train_population(
             self.backbone,
             recipe.method,
             task,
-            self._folder.path / "populations" / first.task / first.method / f"seeds-{seeds}",
+            place,
             [{"seed": cell.seed} for cell in cells],
-            folders=[self._folder.run(cell) for cell in cells],
+            folders=folders,
             progress=self._progress,
             notes=self._notes(recipe.method, data.task, recipe.config(first.seed)),
             **recipe.settings,

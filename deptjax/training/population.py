@@ -286,7 +286,7 @@ def _finish(
     elif outcome.finished and jax.process_index() == 0:
         with disk_errors(folder.path):
             for own, result in zip(member_folders, results, strict=True):
-                kept = {"best_step": result.best_step, "metrics": result.metrics, "ended": result.ended}
+                kept = {name: getattr(result, name) for name in ("best_step", "metrics", "ended", "step")}
                 write_json(own.result, {**kept, **shared, "members": len(members)})
             for task, result in best.items():
                 place = _place(folder.path, results, task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,7 +134,23 @@ def test_a_suite_that_was_killed_ends_like_one_that_was_not(
         }
         for name, points in alone["curve"].items():
             np.testing.assert_allclose(own["curve"][name], points, rtol=1e-4)
-    assert deptjax(*asked, "--population", "--workdir", tmp_path / "together").out == ended.out
+    check_that_what_is_trained_is_only_scored(deptjax, [*asked, "--population", "--workdir", tmp_path / "together"])
+
+
+def check_that_what_is_trained_is_only_scored(deptjax: Command, words: list[object]) -> None:
+    """Of a population that was stopped while its members were scored."""
+    folder = pathlib.Path(str(words[-1]))
+    wanted, method = results_of(folder), folder / "runs" / "films" / "lora"
+    (method / "seed-1.json").unlink()
+    before = {file: file.stat().st_mtime_ns for file in [*method.glob("*/metrics.jsonl"), *method.glob("*.json")]}
+    populations = sorted(folder.glob("populations/*/*/*"))
+    assert deptjax(*words).status == 0
+    assert without_the_clock(results_of(folder)) == without_the_clock(wanted)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert sorted(folder.glob("populations/*/*/*")) == populations
+    shutil.rmtree(method)  # as the suite says, for other settings
+    assert deptjax(*words).status == 0
+    assert without_the_clock(results_of(folder)) == without_the_clock(wanted)
 
 
 def test_some_of_the_test_rows_are_scored(deptjax: Command, asked: list[object], tmp_path: pathlib.Path) -> None:
