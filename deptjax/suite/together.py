@@ -54,7 +54,7 @@ class Together(InProcess):
 
     def _is_trained(self, cell: Cell) -> bool:
         result = self._folder.run(cell) / "result.json"
-        return result.exists() and read_json(result).get("ended") != "diverged"
+        return result.exists() and read_json(result).get("ended") == "finished"
 
     def _score(self, cell: Cell, seconds: float) -> None:
         """Writes how a cell ended whose training has ended; `seconds` is what it took."""
