@@ -17,9 +17,10 @@ EXAMPLES = r"""
       --workdir runs/two_tasks
 
 All combinations of what is varied are trained at once, against one frozen model and in one compiled step; a member
-needs the memory of one batch more. Without --vary, each learning rate of the method is taken at a third, once and three
-times its default. The same command again goes on with a search that was stopped. WORKDIR/prompt is the best prompt
-(WORKDIR/prompts/TASK with several tasks), WORKDIR/members.md the table, WORKDIR/members/NAME each member's own run.
+needs the memory of one batch more, and of what it tunes. Without --vary, each learning rate of the method is taken at a
+third, once and three times what is given, or its default. The same command again goes on with a search that was
+stopped. WORKDIR/prompt is the best prompt (WORKDIR/prompts/TASK with several tasks), WORKDIR/members.md the table,
+WORKDIR/members/NAME each member's own run.
 """
 
 
@@ -34,6 +35,7 @@ def _search(words: list[str]) -> int:
     prepare()
     from deptjax.cli.fields import FLAG, Field, Given, checked
     from deptjax.cli.request import make_parser, read_request
+    from deptjax.training.config import TrainConfig
     from deptjax.training.members import default_grid, grid
     from deptjax.training.population import train_population
 
@@ -56,7 +58,9 @@ def _search(words: list[str]) -> int:
     from deptjax.interop.load import load_backbone
 
     backbone = load_backbone(**asked.model)
-    rates = asked.method.resolve(backbone.width).learning_rates(backbone.prompt_lr)
+    rates = TrainConfig(**asked.changed).learning_rates(
+        asked.method.resolve(backbone.width).learning_rates(backbone.prompt_lr)
+    )
     population = train_population(
         backbone,
         asked.method,

@@ -72,10 +72,16 @@ class SuiteFolder:
         return (self.record(cell) or {}).get("status") == "done"
 
     def asked(self) -> dict[str, Any]:
-        """Returns what `suite.json` says. Raises `UserError` where the folder holds no suite."""
+        """Returns what `suite.json` says. Raises `UserError` where there is none, or one of another format."""
         if not self.asked_file.exists():
             raise UserError(f"{self.path} holds no suite: it has no suite.json; name the workdir of one")
-        return read_json(self.asked_file)
+        asked = read_json(self.asked_file)
+        if asked.get("format") != FORMAT:
+            raise UserError(
+                f"{self.asked_file} has format {asked.get('format')}, expected {FORMAT}; it was written by another"
+                " version of deptjax, or by something else: choose another workdir"
+            )
+        return asked
 
     def cells(self) -> tuple[Cell, ...]:
         """Returns all runs that were ever asked for here, in the order of the asking."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from deptjax.errors import UserError
 from deptjax.suite.folder import SuiteFolder
 from deptjax.suite.plan import Cell, Plan
-from deptjax.training.loop import StopSignals
+from deptjax.training.signals import StopSignals
 
 _LOOK_EVERY = 0.1  # seconds
 

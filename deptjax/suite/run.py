@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -118,14 +119,15 @@ class InProcess:
 
     def __call__(self, cells: Sequence[Cell]) -> int | None:
         """Trains the cells and scores each on its test split; see `CellTrainer`."""
+        backbone = self.backbone  # one that cannot be loaded is not the mistake of a run
         for cell in cells:
             release_unused()
             self._begun += 1
             began = time.perf_counter()
             try:
-                run, test = self._train(self.backbone, cell)
+                run, test = self._train(backbone, cell)
             except Exception as error:
-                self._folder.write_record(cell, {"status": "failed", "error": one_line(error)})
+                self._folder.write_record(cell, failure(error))
                 continue
             if not run.finished:
                 return run.signal
@@ -195,10 +197,17 @@ class InProcess:
         return data, task
 
 
-def one_line(error: Exception) -> str:
-    """Returns how a failure is written down. Raises the error again where it is not the user's to mend."""
+def failure(error: Exception) -> dict[str, Any]:
+    """Returns the record of a run that failed: `error` in one line; of what nobody expected, the `traceback` as well.
+
+    The other runs go on in any case: what broke one of them may be its own.
+    """
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "out of memory; lower batch_size and eval_batch_size, or max_length"
-    if isinstance(error, UserError):
-        return " ".join(str(error).split())
-    raise error
+        told = "out of memory; lower batch_size and eval_batch_size, or max_length"
+    elif isinstance(error, UserError):
+        told = " ".join(str(error).split())
+    else:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())} (not expected; the run's .json says where)"
+        lines = traceback.format_exception(error)
+        return {"status": "failed", "error": told, "traceback": "".join(lines)}
+    return {"status": "failed", "error": told}

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 
 from deptjax.memory import release_unused
+from deptjax.models.backbone import Backbone
 from deptjax.prompt import Prompt
 from deptjax.suite.folder import read_json
 from deptjax.suite.plan import Cell
 from deptjax.suite.results import IN_POPULATION
-from deptjax.suite.run import InProcess, one_line
+from deptjax.suite.run import InProcess, failure
 from deptjax.training.population import Population, train_population
 
 
@@ -32,17 +33,17 @@ class Together(InProcess):
 
         A run that has been trained, and not scored before the suite was stopped, is only scored.
         """
+        backbone = self.backbone  # one that cannot be loaded is not the mistake of a run
         for group in self.groups(cells):
             release_unused()
             began = time.perf_counter()
             new = [cell for cell in group if not self._is_trained(cell)]
             if new:
                 try:
-                    population = self._train_group(new)
+                    population = self._train_group(backbone, new)
                 except Exception as error:
-                    told = one_line(error)
                     for cell in new:
-                        self._folder.write_record(cell, {"status": "failed", "error": told})
+                        self._folder.write_record(cell, failure(error))
                     group = [cell for cell in group if cell not in new]
                 else:
                     if not population.finished:
@@ -67,11 +68,11 @@ class Together(InProcess):
         try:
             test = self._test(self.backbone, Prompt.load(self._folder.run(cell) / "prompt"), cell)
         except Exception as error:
-            self._folder.write_record(cell, {"status": "failed", "error": one_line(error)})
+            self._folder.write_record(cell, failure(error))
             return
         self._write_done(cell, test, seconds + time.perf_counter() - began, IN_POPULATION)
 
-    def _train_group(self, cells: Sequence[Cell]) -> Population:
+    def _train_group(self, backbone: Backbone, cells: Sequence[Cell]) -> Population:
         first = cells[0]
         recipe = self._plan.recipe(first)
         data, task = self._rows(recipe.task)
@@ -81,7 +82,7 @@ class Together(InProcess):
         if not all((folder / "config.json").exists() for folder in folders):
             shutil.rmtree(place, ignore_errors=True)  # of runs that were removed, to be trained anew
         return train_population(
-            self.backbone,
+            backbone,
             recipe.method,
             task,
             place,

@@ -86,7 +86,7 @@ class Loop:
         self.folder.open_logs(done)
         seconds: list[float] = []
         try:
-            with StopSignals() as signals, self._make_bar(done) as bar:
+            with StopSignals() as signals, make_bar(self.config.steps, done, self.bar) as bar:
                 window = _Window(losses=list(progress.unlogged))
                 while done < self.config.steps and signals.received is None:
                     began = time.perf_counter()
@@ -95,10 +95,10 @@ class Loop:
                     seconds.append(time.perf_counter() - began)
                     bar.update()
                     self._report(bar, done, loss, window, progress)
-                    if self.evaluate and (self._due(done, self.config.eval_every) or done == self.config.steps):
+                    if self.evaluate and (due(done, self.config.eval_every) or done == self.config.steps):
                         self._evaluate(state, done, progress, bar)
                         window.restart()
-                    if self._due(done, self.config.checkpoint_every):
+                    if due(done, self.config.checkpoint_every):
                         self._checkpoint(state, progress, window)
             finished = done == self.config.steps
             if finished and self.evaluate and progress.best_score is None:
@@ -167,7 +167,7 @@ class Loop:
         if bar.disable and self.bar is not False and time.perf_counter() - window.spoke > QUIET_SECONDS:
             window.spoke = time.perf_counter()
             print(f"step {done}/{self.config.steps} {', '.join(f'{k} {v}' for k, v in shown.items())}", file=sys.stderr)
-        if self._due(done, self.config.log_every) or done == self.config.steps:
+        if due(done, self.config.log_every) or done == self.config.steps:
             since = window.losses[window.logged :]
             window.logged = len(window.losses)
             rates = {f"lr/{name}": float(rate(done - 1)) for name, rate in self.rates.items()}
@@ -201,14 +201,16 @@ class Loop:
         progress.data = self.batches.get_state()  # type: ignore[attr-defined]
         self.checkpoints.save(state, dataclasses.asdict(progress))
 
-    def _due(self, done: int, every: int) -> bool:
-        return every > 0 and done % every == 0
 
-    def _make_bar(self, done: int) -> tqdm:
-        disable = None if self.bar is None else not self.bar
-        return tqdm(
-            total=self.config.steps, initial=done, desc="training", unit="step", disable=disable, dynamic_ncols=True
-        )
+def due(done: int, every: int) -> bool:
+    """Returns whether what is done once in `every` steps is to be done after step `done`; 0 stands for never."""
+    return every > 0 and done % every == 0
+
+
+def make_bar(steps: int, done: int, shown: bool | None) -> tqdm:
+    """Returns the progress bar of a loop; `None` shows it on a terminal."""
+    disable = None if shown is None else not shown
+    return tqdm(total=steps, initial=done, desc="training", unit="step", disable=disable, dynamic_ncols=True)
 
 
 @dataclasses.dataclass

@@ -32,7 +32,7 @@ def grid(**values: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def default_grid(rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Returns a grid around the default learning rates of a method: each of them at a third, once and three times.
+    """Returns a grid around the learning rates of a method's groups: each of them at a third, once and three times.
 
     >>> default_grid({"prompt": 0.3})
     [{'prompt_lr': 0.1}, {'prompt_lr': 0.3}, {'prompt_lr': 0.9}]

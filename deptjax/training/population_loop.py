@@ -21,14 +21,13 @@ from deptjax.inference.evaluator import Evaluator
 from deptjax.sharding import Placement
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder
+from deptjax.training.loop import QUIET_SECONDS, due, make_bar
 from deptjax.training.members import survivors
 from deptjax.training.signals import StopSignals
 from deptjax.training.state import TrainState
 from deptjax.training.step import Traits
 from deptjax.training.tuning import Tuning, padded_labels
 from deptjax.typing import Tree
-
-QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
 
 Batch = dict[str, np.ndarray]
 
@@ -121,7 +120,7 @@ class PopulationLoop:
             folder.open_logs(done)
         seconds: list[float] = []
         try:
-            with StopSignals() as signals, self._make_bar(done) as bar:
+            with StopSignals() as signals, make_bar(self.config.steps, done, self.bar) as bar:
                 spoke = time.perf_counter()
                 traits = self._traits(progress)
                 while done < config.steps and (alive := self._alive(progress)) and signals.received is None:
@@ -135,14 +134,14 @@ class PopulationLoop:
                         self.report(progress)
                     self._log(done, metrics, progress)
                     spoke = self._speak(bar, done, progress, spoke)
-                    evaluate = self._due(done, config.eval_every) or done == config.steps or done in self.rungs
+                    evaluate = due(done, config.eval_every) or done == config.steps or done in self.rungs
                     if evaluate and any(self.evaluators):
                         self._evaluate(states, done, progress, bar)
                         if done in self.rungs and self._alive(progress):
                             states = self._cut(states, done, progress, bar)
                             traits = self._traits(progress)
                         self.report(progress)
-                    if self._due(done, config.checkpoint_every):
+                    if due(done, config.checkpoint_every):
                         self._checkpoint(states, progress)
             finished = done == config.steps or not self._alive(progress)
             if finished:
@@ -193,7 +192,7 @@ class PopulationLoop:
         return changed
 
     def _log(self, done: int, metrics: list[Any], progress: PopulationProgress) -> None:
-        if not (self._due(done, self.config.log_every) or done == self.config.steps):
+        if not (due(done, self.config.log_every) or done == self.config.steps):
             return
         for slot, number in enumerate(progress.slots):
             member, tuning = progress.members[number], self.tunings[number]
@@ -289,15 +288,6 @@ class PopulationLoop:
 
     def _alive(self, progress: PopulationProgress) -> int:
         return sum(not progress.members[number].ended for number in progress.slots)
-
-    def _due(self, done: int, every: int) -> bool:
-        return every > 0 and done % every == 0
-
-    def _make_bar(self, done: int) -> tqdm:
-        disable = None if self.bar is None else not self.bar
-        return tqdm(
-            total=self.config.steps, initial=done, desc="training", unit="step", disable=disable, dynamic_ncols=True
-        )
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

@@ -55,5 +55,16 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     assert told in deptjax("search", *asked[1:], "--model", tmp_path / "none", *flags).error
 
 
+def test_without_vary_the_rates_around_those_that_are_given(
+    deptjax: Command, asked: list[object], tmp_path: pathlib.Path
+) -> None:
+    words = ["search", *asked[1:], "--steps", 1, "--prompt-lr", 0.03, "--low-rank-lr", 0.01]
+    assert deptjax(*words).status == 0
+    members = json.loads((tmp_path / "run" / "members.json").read_text())
+    assert {member["varied"]["prompt_lr"] for member in members} == {0.01, 0.03, 0.09}
+    assert {member["varied"]["low_rank_lr"] for member in members} == {0.00333, 0.01, 0.03}
+    assert len(members) == 9
+
+
 def test_halving_by_one_is_refused(deptjax: Command, asked: list[object]) -> None:
     assert "halving is 1; it must be 2 or more" in deptjax("search", *asked[1:], "--halving", "1").error

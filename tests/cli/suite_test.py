@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from deptjax.suite.run import failure
 from tests.cli.conftest import Command, write_rows
 from tests.cli.train_test import environment
 
@@ -279,3 +280,29 @@ def test_a_folder_of_something_else_is_left_alone(
     assert "is not empty and holds no suite" in deptjax(*asked, "--workdir", tmp_path).error
     assert "holds no suite: it has no suite.json" in deptjax("suite", "--report-only", "--workdir", tmp_path).error
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "suite.json").write_text('{"mine": 1}')
+    assert "suite.json has format None, expected 1" in deptjax(*asked, "--workdir", tmp_path).error
+    assert (tmp_path / "suite.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("how", [[], ["--population"], ["--isolate"]])
+def test_a_model_that_is_not_there_is_not_the_failure_of_a_run(
+    deptjax: Command, asked: list[object], tmp_path: pathlib.Path, how: list[str]
+) -> None:
+    ended = deptjax(*asked, *LORA, *how, "--model", tmp_path / "none", "--workdir", tmp_path / "suite")
+    assert ended.status == 2
+    assert f"{tmp_path / 'none'}" in ended.err
+    assert [run["status"] for run in results_of(tmp_path / "suite")["runs"]] == ["missing"]
+
+
+def test_what_nobody_expected_is_written_down_with_its_place() -> None:
+    try:
+        raise RuntimeError("two\nlines")
+    except RuntimeError as error:
+        record = failure(error)
+    assert record["error"] == "RuntimeError: two lines (not expected; the run's .json says where)"
+    assert "in test_what_nobody_expected" in record["traceback"]
+    assert failure(MemoryError()) == {
+        "status": "failed",
+        "error": "out of memory; lower batch_size and eval_batch_size, or max_length",
+    }
