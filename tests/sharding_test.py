@@ -28,6 +28,7 @@ RUNS = ("llama-dept", "t5-dept")
 
 def runs_on_eight_and_on_one(folder: pathlib.Path) -> None:
     """Trains the same on eight devices and on one; what the process of the test does."""
+    from deptjax.training.population import train_population
     from deptjax.training.run import train
     from tests.cases import METHODS, backbone_of
     from tests.reviews import review_task
@@ -48,6 +49,16 @@ def runs_on_eight_and_on_one(folder: pathlib.Path) -> None:
                 assert train(
                     backbone_of(family), METHODS[method], task, place, placement=placement, progress=False, **settings
                 ).finished
+    population = train_population(
+        backbone_of("llama"),
+        METHODS["dept"],
+        review_task(dev=5),
+        folder / "population",
+        [{"seed": 42}, {"seed": 1}],
+        progress=False,
+        **settings,
+    )
+    assert [member.ended for member in population.members] == ["finished", "finished"]
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +71,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_eight_devices_are_one(runs: pathlib.Path, name: str) -> None:
-    """The same losses, dropout included, the same parameters and the same dev scores."""
-    eight, one = (runs / f"{name}-{devices}" for devices in (8, 1))
-    logs = [[json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()] for p in (eight, one)]
+@pytest.mark.parametrize(
+    ("eight", "one"),
+    [*((f"{name}-8", f"{name}-1") for name in RUNS), ("population/members/seed=42", "llama-dept-1")],
+)
+def test_eight_devices_are_one(runs: pathlib.Path, eight: str, one: str) -> None:
+    """The same losses, dropout included, the same parameters and the same dev scores; of a population's member, too."""
+    places = (runs / eight, runs / one)
+    logs = [[json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()] for p in places]
     assert len(logs[0]) == len(logs[1]) == 5
     for a, b in zip(*logs, strict=True):
-        assert set(a) == set(b)
-        for key in set(a) - {"examples_per_second"}:
+        keys = [set(line) - {"examples_per_second"} for line in (a, b)]
+        assert keys[0] == keys[1]
+        for key in keys[0]:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5, err_msg=key)
-    a, b = (Prompt.load(p / "prompt").trainable for p in (eight, one))
+    a, b = (Prompt.load(p / "prompt").trainable for p in places)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), a, b)
 
 
