@@ -107,8 +107,9 @@ def train_population(
       workdir: a folder of this population's own.
       members: for each member what is its own (`grid` makes all combinations): `task`; `seed`, `prompt_lr`,
         `low_rank_lr`, `backbone_lr`; fields of the method that say how it starts, such as `prompt_init`.
-      halving: a factor of 2 or more cuts the members by it at each of some steps (successive halving, by the best dev score so far), until one of
-        each task goes on; 0 trains all to the end. At these steps members are evaluated, besides `eval_every`.
+      halving: a factor of 2 or more cuts the members by it at each of some steps (successive halving, by the best dev
+        score so far), until one of each task goes on; 0 trains all to the end. At these steps members are evaluated,
+        besides `eval_every`.
       folders: the members' folders, in their order; by default below `workdir`.
       progress: whether to draw a progress bar; `None` draws one on a terminal, `False` prints nothing at all.
       placement: the devices; by default all there are.
