@@ -24,10 +24,11 @@ def read_results(workdir: str | pathlib.Path) -> Numbers:
     """Returns the content of `results.json`, made from what is in the folder of a suite.
 
     `runs` has one entry a run that was asked for: `task`, `method`, `seed`, `status` (`done`, `failed` or `missing`);
-    of a failed one `error`; of one that is done `dev` and `test` (scores of the best prompt by the name of the metric,
-    that which selects it first), `best_step`, `trainable_parameters`, `seconds_per_step` (median), `peak_mib` and
-    `peak_of` (what it is the peak of), `wall_seconds` (of the last call, where a run was interrupted), `device`, and
-    `curve` (`[step, value]` pairs by name, of the loss and each metric on the dev split).
+    of a failed one `error`, and `traceback` where nobody expected it; of one that is done `dev` and `test` (scores of
+    the best prompt by the name of the metric, that which selects it first), `best_step`, `trainable_parameters`,
+    `seconds_per_step` (median), `peak_mib` and `peak_of` (what it is the peak of), `wall_seconds` (of the last call,
+    where a run was interrupted), `device`, and `curve` (`[step, value]` pairs by name, of the loss and each metric on
+    the dev split).
     `summary` has one entry a task and method, and one a method over all tasks (see `summarized`).
 
     Raises `UserError` for a folder that holds no suite, or a file in it that is damaged.

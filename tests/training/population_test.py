@@ -177,8 +177,6 @@ def test_halving_cuts_and_goes_on_after_a_signal(tmp_path: pathlib.Path) -> None
     assert prompt.metrics["dev/accuracy"] == best.score
     assert Prompt.load(unbroken.workdir / "prompt").metrics == prompt.metrics
 
-    log = tmp_path / "b" / "members" / unbroken.members[0].name / "metrics.jsonl"
-
     def stop() -> None:
         while not (log.exists() and '"step": 6' in log.read_text()) and not done.wait(0.001):
             pass
