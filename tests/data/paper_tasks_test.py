@@ -21,6 +21,7 @@ from deptjax.data.templates import Row
 from deptjax.errors import UserError
 from deptjax.inference.predictor import Predictor
 from deptjax.methods import DePT
+from deptjax.training.population import train_population
 from deptjax.training.run import train
 from tests.cases import backbone_of
 
@@ -357,3 +358,25 @@ def test_trained_on_a_tiny_t5(name: str, tmp_path: pathlib.Path) -> None:
         request = {key: value for key, value in CASES[name].row.items() if key != "label"}
         (answer,) = Predictor(backbone, run.prompt)([request])
         assert answer.text in task.labels
+
+
+def test_all_tasks_are_tuned_in_one_run(tmp_path: pathlib.Path) -> None:
+    """From rows to a prompt that is scored on the dev split: 25 members of one population, one task each."""
+    settings = {"steps": 1, "batch_size": 2, "buckets": 1, "eval_examples": 4, "eval_batch_size": 4, "eval_every": 1}
+    # Of a large set's training rows 1,000 become the dev split.
+    tasks = [task_on(name, 1010 if PAPER[name].source.kind == "large" else 12) for name in PAPER]
+    population = train_population(
+        backbone_of("t5"),
+        DePT(prompt_length=3, rank=2, max_length=12),  # texts are cut, so that most tasks share their programs
+        None,
+        tmp_path,
+        [{"task": task} for task in tasks],
+        loss="vocabulary",
+        progress=False,
+        **settings,
+    )
+    assert [member.ended for member in population.members] == ["finished"] * 25
+    for task, member in zip(tasks, population.members, strict=True):
+        assert member.task == task.name
+        assert tuple(member.metrics) == tuple(f"dev/{metric}" for metric in task.metrics)
+    assert set(population.prompts) == set(PAPER)
