@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from deptjax.errors import UserError
 from deptjax.suite.folder import FORMAT, SuiteFolder, read_json
 from deptjax.suite.plan import Cell
 
@@ -55,8 +56,17 @@ def _run(folder: SuiteFolder, cell: Cell) -> Numbers:
     if record["status"] != "done":
         return {**named, **record}
     result = read_json(folder.run(cell) / "result.json")
+    try:
+        return {**named, **_done(folder, cell, record, result)}
+    except KeyError as error:
+        raise UserError(
+            f"{folder.record_file(cell)} or {folder.run(cell) / 'result.json'} has no field {error}: it was changed, or"
+            " written by another version; remove both and run the suite again"
+        ) from None
+
+
+def _done(folder: SuiteFolder, cell: Cell, record: Numbers, result: Numbers) -> Numbers:
     return {
-        **named,
         "status": "done",
         "dev": _without_split(result["metrics"]),
         "test": _without_split(record["test"]),

@@ -159,6 +159,11 @@ def test_some_of_the_test_rows_are_scored(deptjax: Command, asked: list[object],
     assert deptjax(*words).status == 0
     (run,) = results_of(tmp_path / "suite")["runs"]
     assert run["test"]["accuracy"] in (0.0, 1.0)
+    record = tmp_path / "suite" / "runs" / "films" / "lora" / "seed-0.json"
+    whole = record.read_text()
+    record.write_text(whole.replace("wall_seconds", "seconds"))
+    assert f"{record} or " in deptjax("suite", "--report-only", "--workdir", tmp_path / "suite").error
+    record.write_text(whole)
     assert "test_examples was 1, is now 2" in deptjax(*words[:-1], 2).error
     assert "--population trains several" in deptjax(*words, "--population", "--isolate").error
 
