@@ -25,7 +25,15 @@ from tests.tiny_folders import save_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "ARCHITECTURE.md")
-ALL_PAGES = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/tasks.md")
+ALL_PAGES = (
+    *PAGES,
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    "docs/tasks.md",
+    "docs/data.md",
+    "docs/reproduction.md",
+)
 # A path from the root: a folder, or a file of a kind that is kept in the repository; none with a <placeholder>.
 PATH = r"\b((?:configs|deptjax|tests|notebooks|benchmarks)/(?:\w+/)*(?:\w+\.(?:py|gin|md|ipynb)\b|\w+(?![\w.<{*/])))"
 QUESTIONS = {"person": "Who painted the story {} ?", "number": "How many scenes is {} ?", "place": "Where is the {} ?"}
