@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cases, report
+from benchmarks import cases, population, report
 from deptjax.errors import UserError
 from deptjax.methods import rank_for_budget
 
@@ -213,3 +213,14 @@ def test_decoding_is_compared_in_one_run(tmp_path: pathlib.Path) -> None:
     assert again.stdout == run.stdout
     wrong = compare("--only", "gpt", "--output", str(output), script="benchmarks/decode.py")
     assert (wrong.returncode, wrong.stderr.strip()) == (2, "decode: error: --only: no contest has 'gpt' in its name")
+
+
+def test_the_table_of_populations_is_of_the_stored_run() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    begin, end = population.BEGIN, population.END
+    assert page.split(begin)[1].split(end)[0].strip() == population.markdown(population.load(population.DEFAULT_OUTPUT))
+
+
+def test_a_population_is_compared_with_at_least_three_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert population.main(["--steps", "2"]) == 2
+    assert capsys.readouterr().err == "population: error: --steps is 2; it must be at least 3\n"
