@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.data.pipeline import train_batches
 from deptjax.data.tasks import Task, get_task
+from deptjax.errors import UserError
 from deptjax.memory import PeakMemory
 from deptjax.methods.base import Method
 from deptjax.models.backbone import Backbone
@@ -138,9 +139,21 @@ def train(
             state, saved = checkpoints.restore(state)
             so_far = Progress(**saved)
             batches.set_state(so_far.data)
+        elif folder.result.exists():  # of a population's member, or of a run whose checkpoints were removed
+            return _finish(folder, _ended(folder, state, so_far, config.steps), count_parameters(trainable), 0.0)
         with PeakMemory() as peak:
             outcome = loop.run(state, so_far)
         return _finish(folder, outcome, count_parameters(trainable), peak.mib)
+
+
+def _ended(folder: RunFolder, state: TrainState, progress: Progress, steps: int) -> Outcome:
+    """Returns how a run without checkpoints ended. Raises `UserError` for a member that did not go to the end."""
+    ended = json.loads(folder.result.read_text()).get("ended", "finished")
+    if ended != "finished":
+        raise UserError(
+            f"{folder.path} holds a member of a population that ended early ({ended}); choose another workdir"
+        )
+    return Outcome(state, progress, finished=True, step=steps, signal=None, seconds_per_step=None)
 
 
 def _finish(folder: RunFolder, outcome: Outcome, parameters: int, peak_mib: float) -> Run:

@@ -156,6 +156,22 @@ def test_a_finished_population_is_returned_as_it_is(mixed: Population) -> None:
     assert again.finished
 
 
+def test_a_members_folder_is_a_run_that_has_ended(mixed: Population) -> None:
+    for number in (0, 1):
+        folder = mixed.workdir / "members" / mixed.members[number].name
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+        own = {name: value for name, value in MIXED[number].items() if name != "task"}
+        if mixed.members[number].ended == "finished":
+            run = train(backbone_of("llama"), METHOD, MIXED[number]["task"], folder, **SMALL, **own)
+            assert (run.finished, run.step) == (True, 6)
+            assert run.prompt is not None
+            assert run.prompt.metrics == mixed.members[number].metrics
+        else:
+            with pytest.raises(UserError, match=r"ended early \(diverged\)"):
+                train(backbone_of("llama"), METHOD, MIXED[number]["task"], folder, **SMALL, **own)
+        assert {file: file.read_bytes() for file in before} == before
+
+
 HALVED = grid(prompt_lr=[0.01, 0.1], seed=[0, 1])
 
 
