@@ -20,7 +20,6 @@ import jax
 
 from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.data.buckets import choose_buckets
-from deptjax.data.pipeline import train_batches
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
 from deptjax.memory import PeakMemory
@@ -226,16 +225,7 @@ def _streams(tunings: Sequence[Tuning]) -> tuple[list[Iterator[Any]], list[int]]
         key = (id(tuning.encoded), tuning.config.seed)
         if key not in found:
             found[key] = len(streams)
-            batches = train_batches(
-                tuning.encoded.examples,
-                batch_size=tuning.config.batch_size,
-                buckets=buckets,
-                seed=tuning.config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                num_threads=1,
-            )
-            streams.append(iter(batches))
+            streams.append(tuning.batches(buckets, num_threads=1))
     return streams, [found[id(tuning.encoded), tuning.config.seed] for tuning in tunings]
 
 

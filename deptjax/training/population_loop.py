@@ -198,11 +198,10 @@ class PopulationLoop:
             member, tuning = progress.members[number], self.tunings[number]
             if member.ended or not member.unlogged:
                 continue
-            schedules = tuning.config.schedules(tuning.rates)
             values = {
                 "loss": sum(member.unlogged) / len(member.unlogged),
                 "grad_norm": float(metrics[-1]["grad_norm"][slot]),
-                **{f"lr/{name}": float(rate(done - 1)) for name, rate in schedules.items()},
+                **{f"lr/{name}": float(rate(done - 1)) for name, rate in tuning.schedules.items()},
             }
             member.unlogged = []
             if jax.process_index() == 0:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.checkpoint import Checkpoints, disk_errors
-from deptjax.data.pipeline import train_batches
 from deptjax.data.tasks import Task, get_task
 from deptjax.errors import UserError
 from deptjax.memory import PeakMemory
@@ -94,16 +93,7 @@ def train(
     # A copy, because a step reuses the memory of its state, and full fine-tuning starts from the backbone's own arrays.
     state = placement.put(TrainState.create(jax.tree.map(jnp.copy, trainable), tx, step_key))
     frozen = placement.put(frozen)
-    batches = iter(
-        train_batches(
-            tuning.encoded.examples,
-            batch_size=config.batch_size,
-            buckets=tuning.buckets,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-    )
+    batches: Any = tuning.batches(tuning.buckets)
     evaluator = tuning.evaluator(placement)
 
     def evaluate(trainable: Tree) -> dict[str, float]:
@@ -129,7 +119,7 @@ def train(
             frozen=frozen,
             batches=batches,
             put_batch=placement.put_batch,
-            rates=config.schedules(tuning.rates),
+            rates=tuning.schedules,
             evaluate=evaluate if tuning.encoded.dev and config.eval_every else None,
             save_prompt=save_prompt,
             bar=progress,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from deptjax.data.buckets import choose_buckets
+from deptjax.data.pipeline import train_batches
 from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.data.tasks import Task, TaskData
 from deptjax.data.templates import Row
@@ -131,6 +132,25 @@ class Tuning:
         """The source lengths that training batches are padded to."""
         lengths = [len(example.source) for example in self.encoded.examples]
         return choose_buckets(lengths, self.config.buckets, max_length=self.encoded.preprocessor.max_length)
+
+    @functools.cached_property
+    def schedules(self) -> dict[str, optax.Schedule]:
+        """The learning rate of each group by the step."""
+        return self.config.schedules(self.rates)
+
+    def batches(self, buckets: Sequence[int], num_threads: int = 2) -> Iterator[Any]:
+        """Returns this host's part of the training batches, padded to `buckets`; it has `get_state` and `set_state`."""
+        return iter(
+            train_batches(
+                self.encoded.examples,
+                batch_size=self.config.batch_size,
+                buckets=buckets,
+                seed=self.config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                num_threads=num_threads,
+            )
+        )
 
     def evaluator(self, placement: Placement) -> Evaluator:
         """Returns what answers the dev split."""

@@ -14,7 +14,6 @@ import pytest
 import deptjax
 from deptjax.errors import UserError
 from deptjax.models.gpt2 import GPT2Config
-from deptjax.models.prompted import site_leaves
 from deptjax.testing import save_hf_folder, tiny_gpt2
 from deptjax.typing import Array
 from tests.models import support
@@ -162,15 +161,7 @@ PLACES = {
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_filled_sites_act(kind: str) -> None:
-    seen: list[Any] = []
-    filled = CONFIG.make(support.fill(kind, seen=seen))
-    tree = support.shapes(filled)
-    assert {site.path for site in seen} == set(PLACES[kind])
-    assert support.without_sites(tree) == support.shapes(CONFIG.make())
-    end = "_site/" if kind == "residual" else "/site/"
-    expected = [f"layers_{i}/{place}{end}" for place in PLACES[kind] for i in range(CONFIG.num_layers)]
-    assert {path.rsplit("/", 1)[0] + "/" for path in support.flat_shapes(site_leaves(tree))} == set(expected)
-    support.check_site_acts(CONFIG.make(), filled, kind, expected, inputs())
+    support.check_filled_sites_act(CONFIG, kind, PLACES[kind], inputs())
 
 
 def test_bfloat16_stays_bfloat16() -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from deptjax.models.llama import LlamaConfig
-from deptjax.models.prompted import site_leaves
 from deptjax.models.rope import RopeScaling
 from deptjax.typing import Array, Tree
 from tests.models import support
@@ -251,15 +250,7 @@ PLACES = {
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_filled_sites_act(kind: str) -> None:
-    seen: list[Any] = []
-    filled = CONFIG.make(support.fill(kind, seen=seen))
-    tree = support.shapes(filled)
-    assert {site.path for site in seen} == set(PLACES[kind])
-    assert support.without_sites(tree) == support.shapes(CONFIG.make())
-    end = "_site/" if kind == "residual" else "/site/"
-    expected = [f"layers_{i}/{place}{end}" for place in PLACES[kind] for i in range(CONFIG.num_layers)]
-    assert {path.rsplit("/", 1)[0] + "/" for path in support.flat_shapes(site_leaves(tree))} == set(expected)
-    support.check_site_acts(CONFIG.make(), filled, kind, expected, inputs())
+    support.check_filled_sites_act(CONFIG, kind, PLACES[kind], inputs())
 
 
 def test_filled_sites_treat_a_shared_prompt_as_a_copy_in_front_of_each_row() -> None:

@@ -229,3 +229,16 @@ def check_site_acts(
         one = states(sites_scaled(params, lambda path, place=place: float(place in path)), *args)
         assert np.abs(np.asarray(one - base)).max() > 1e-2, place
     np.testing.assert_allclose(stepwise(filled, params, *args), states(params, *args), atol=1e-5)
+
+
+def check_filled_sites_act(config: Any, kind: str, places: list[str], args: tuple[Any, ...]) -> None:
+    """Asserts that the sites of a causal backbone are at `places` of each layer, and that what fills them acts."""
+    seen: list[Any] = []
+    filled = config.make(fill(kind, seen=seen))
+    tree = shapes(filled)
+    assert {site.path for site in seen} == set(places)
+    assert without_sites(tree) == shapes(config.make())
+    end = "_site/" if kind == "residual" else "/site/"
+    expected = [f"layers_{i}/{place}{end}" for place in places for i in range(config.num_layers)]
+    assert {path.rsplit("/", 1)[0] + "/" for path in flat_shapes(site_leaves(tree))} == set(expected)
+    check_site_acts(config.make(), filled, kind, expected, args)
