@@ -32,6 +32,14 @@ MODEL_FIELDS = {
         Field("revision", ("str", "None"), None, "branch, tag or commit of a hub model"),
         Field("dropout_rate", ("float", "None"), None, "in training, instead of the one in the model's config (T5)"),
         Field("tokenizer", ("str", "None"), None, "instead of the model's: a folder, file, hub name or packaged:t5"),
+        Field(
+            "mesh",
+            ("str",),
+            None,
+            "devices that model and batches are split over: data:2,fsdp:4,model:2, or data, fsdp, tensor, fsdp+tensor,"
+            " or auto (default): weights whole on each device if they fit",
+        ),
+        Field("sharding_rules", ("str",), None, "logical axes split otherwise, such as vocab:none,embed:fsdp+model"),
     )
 }
 _TASK_FLAGS = {

@@ -2,14 +2,15 @@
 
 Every leaf is allocated once, in its final dtype and layout (stacked, where layers are scanned), and its tensors are
 read into it a few megabytes at a time. So the peak of memory is the tree itself and a few blocks, whatever the dtype
-on disk and however the layers are laid out.
+on disk and however the layers are laid out. Where a mesh splits the model, a host allocates and fills the parts of a
+leaf that its own devices hold, and never has the whole.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,20 +18,73 @@ import numpy as np
 from deptjax.errors import UserError, nearest
 from deptjax.interop.names import HARMLESS_TENSORS, Entry, Path, entries
 from deptjax.interop.safetensors import TensorSource
+from deptjax.sharding import Placement, backbone_axes
 from deptjax.typing import Tree
 
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _LAYER = re.compile(r"layers_(\d+)")
 _ALIGN = 64  # jax on CPU takes over a host array without a copy when its first byte is so aligned
 
-Place = Callable[[Path, np.ndarray], Any]
+Index = tuple[slice, ...]
+
+
+class Place(Protocol):
+    """Where the leaves of a tree go."""
+
+    def parts(self, path: Path, shape: tuple[int, ...]) -> list[Index]:
+        """Returns which parts of a leaf this host needs, each a slice with start and stop for every axis."""
+
+    def leaf(self, path: Path, shape: tuple[int, ...], parts: list[np.ndarray]) -> Any:
+        """Returns what the tree holds, given these parts, filled."""
+
+
+class DefaultDevice:
+    """Leaves are jax arrays on the default device."""
+
+    def parts(self, path: Path, shape: tuple[int, ...]) -> list[Index]:
+        """Returns the whole."""
+        return [tuple(slice(0, size) for size in shape)]
+
+    def leaf(self, path: Path, shape: tuple[int, ...], parts: list[np.ndarray]) -> Any:
+        """Returns the array."""
+        import jax
+
+        return jax.device_put(parts[0])
+
+
+class Sharded:
+    """Leaves are split over a mesh by its axis rules; each part is copied from the host to its devices alone."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def parts(self, path: Path, shape: tuple[int, ...]) -> list[Index]:
+        """Returns the parts that the devices of this host hold, each once."""
+        return list(dict.fromkeys(self._by_device(path, shape).values()))
+
+    def leaf(self, path: Path, shape: tuple[int, ...], parts: list[np.ndarray]) -> Any:
+        """Returns the array of all hosts together."""
+        import jax
+
+        filled = dict(zip(self.parts(path, shape), parts, strict=True))
+        shards = [jax.device_put(filled[index], device) for device, index in self._by_device(path, shape).items()]
+        return jax.make_array_from_single_device_arrays(shape, self._sharding(path), shards)
+
+    def _sharding(self, path: Path) -> Any:
+        return self._placement.sharding(*backbone_axes(path))
+
+    def _by_device(self, path: Path, shape: tuple[int, ...]) -> dict[Any, Index]:
+        held = self._sharding(path).addressable_devices_indices_map(shape)
+        return {
+            device: tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), shape, strict=True))
+            for device, index in held.items()
+        }
 
 
 def fill_tree(config: Any, source: TensorSource, *, scan_layers: bool, dtype: str, place: Place | None = None) -> Tree:
     """Returns the parameter tree that `config` describes, filled from `source`.
 
-    `place(path, array)` turns each finished leaf into what the tree holds; by default a jax array on the default
-    device. Pass one that shards, so that no device ever holds the whole tree.
+    `place` is where the leaves go; by default they are jax arrays on the default device.
 
     Raises `UserError` for a tensor that is missing, unexpected or has another shape, before anything is read, and for
     two stored copies of a tied tensor that differ.
@@ -38,15 +92,18 @@ def fill_tree(config: Any, source: TensorSource, *, scan_layers: bool, dtype: st
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     wanted = _resolve(entries(config), source)
-    place = place or place_on_default_device
+    place = place or DefaultDevice()
     tree: Tree = {}
     for path, group in leaves_of(wanted, scan_layers).items():
-        shape = group[0].leaf_shape
-        leaf = empty_aligned((len(group), *shape) if is_stacked(path) else shape, DTYPES[dtype])
+        shape = (len(group), *group[0].leaf_shape) if is_stacked(path) else group[0].leaf_shape
+        indices = place.parts(path, shape)
+        parts = [empty_aligned(tuple(part.stop - part.start for part in index), DTYPES[dtype]) for index in indices]
         for i, entry in enumerate(group):
-            target = leaf[i] if is_stacked(path) else leaf
-            _fill(entry, source, target.T if entry.transpose else target)
-        put(tree, path, place(path, leaf))
+            pieces = list(zip(indices, parts, strict=True))
+            if is_stacked(path):
+                pieces = [(k[1:], part[i - k[0].start]) for k, part in pieces if k[0].start <= i < k[0].stop]
+            _fill(entry, source, pieces)
+        put(tree, path, place.leaf(path, shape, parts))
     return tree
 
 
@@ -104,25 +161,35 @@ def is_stacked(path: Path) -> bool:
     return "layers" in path
 
 
-def _fill(entry: Entry, source: TensorSource, out: np.ndarray) -> None:
-    """Reads `entry`'s part of its tensor into `out`, laid out as stored, with any strides, and checks its copies."""
-    width = entry.shape[-1] // entry.part[1]
-    first = entry.part[0] * width
+def _fill(entry: Entry, source: TensorSource, pieces: list[tuple[Index, np.ndarray]]) -> None:
+    """Reads `entry`'s tensor into pieces of its leaf, each with the place that it has there, and checks its copies."""
+    if not pieces:
+        return
+    stored = [_as_stored(entry, index, out) for index, out in pieces]
+    wanted = min(index[0].start for index, _ in stored), max(index[0].stop for index, _ in stored)
     there = set(source.names()) if entry.copies else set()
-    copies = [(name, iter(source.blocks(name))) for name in entry.copies if name in there and name != entry.name]
-    for start, block in source.blocks(entry.name):
+    copies = [
+        (name, iter(source.blocks(name, wanted))) for name in entry.copies if name in there and name != entry.name
+    ]
+    for start, block in source.blocks(entry.name, wanted):
         for name, blocks in copies:
             if not _equal(block, start, blocks):
                 raise UserError(
                     f"{source.where(name)}: tensor '{name}' differs from '{entry.name}', which the config ties to it;"
                     " correct 'tie_word_embeddings' in the config"
                 )
-        if block.ndim > 1:
-            out[start : start + len(block)] = block[..., first : first + width]
-        else:  # the blocks of a vector run along the axis that is cut
-            low, high = max(start, first), min(start + len(block), first + width)
+        for (rows, *within), out in stored:
+            low, high = max(start, rows.start), min(start + len(block), rows.stop)
             if low < high:
-                out[low - first : high - first] = block[low - start : high - start]
+                out[low - rows.start : high - rows.start] = block[low - start : high - start][:, *within]
+
+
+def _as_stored(entry: Entry, index: Index, out: np.ndarray) -> tuple[Index, np.ndarray]:
+    """Returns a piece of a leaf, and its place in the stored tensor, laid out as that is."""
+    if entry.transpose:
+        index, out = index[::-1], out.T
+    first = entry.part[0] * (entry.shape[-1] // entry.part[1])
+    return (*index[:-1], slice(index[-1].start + first, index[-1].stop + first)), out
 
 
 def _equal(block: np.ndarray, start: int, blocks: Iterator[tuple[int, np.ndarray]]) -> bool:
@@ -136,10 +203,3 @@ def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + _ALIGN, np.uint8)
     skip = -raw.ctypes.data % _ALIGN
     return raw[skip : skip + size].view(dtype).reshape(shape)
-
-
-def place_on_default_device(path: Path, leaf: np.ndarray) -> Any:
-    """Returns a finished leaf as a jax array on the default device."""
-    import jax
-
-    return jax.device_put(leaf)

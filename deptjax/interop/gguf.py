@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,8 +129,11 @@ class GGUFFile:
         """Returns the file's path, for messages."""
         return str(self.path)
 
-    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields `(start, rows)`: consecutive slices of a tensor along axis 0, dequantised to float32."""
+    def blocks(self, name: str, wanted: tuple[int, int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields `(start, rows)`: consecutive slices of a tensor along axis 0, dequantised to float32.
+
+        Only those that hold `wanted` rows are read; a block has more than these where its heads must stay together.
+        """
         import gguf
 
         tensor = self._tensors[name]
@@ -142,6 +146,9 @@ class GGUFFile:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start + tensor.offset)
             for start in range(0, rows, step):
+                if wanted and len(tensor.shape) > 1 and not (start < wanted[1] and wanted[0] < start + step):
+                    file.seek(min(step, rows - start) * row_bytes, os.SEEK_CUR)
+                    continue
                 raw = np.empty((min(step, rows - start), row_bytes), np.uint8)
                 read_exactly(file, raw, self.path, tensor.stored)
                 try:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from deptjax.errors import UserError, nearest
 from deptjax.interop import packaged
-from deptjax.interop.convert import DTYPES, Place, fill_tree
+from deptjax.interop.convert import DTYPES, Sharded, fill_tree
 from deptjax.interop.gguf import GGUFFile, config_from_gguf
 from deptjax.interop.huggingface import download, read_config
 from deptjax.interop.safetensors import SafetensorsFolder
@@ -18,6 +20,8 @@ from deptjax.interop.t5x import fill_t5x, t5x_config
 from deptjax.interop.t5x_store import BUCKET, T5XStore, is_t5x
 from deptjax.interop.tokenizers import TOKENIZER_FILES, chosen_tokenizer, load_tokenizer, tokenizer_from_gguf
 from deptjax.models.backbone import Backbone
+from deptjax.models.sizes import parameter_count
+from deptjax.sharding import Placement
 from deptjax.typing import Tree
 
 
@@ -29,7 +33,8 @@ def load_backbone(
     revision: str | None = None,
     dropout_rate: float | None = None,
     tokenizer: Any = None,
-    place: Place | None = None,
+    mesh: str | Mapping[str, int] | None = "auto",
+    sharding_rules: str | Mapping[str, str | Sequence[str] | None] | None = None,
 ) -> Backbone:
     """Returns the backbone at `name_or_path`: config, parameters (ARCHITECTURE.md has the tree) and tokenizer.
 
@@ -42,11 +47,16 @@ def load_backbone(
       dropout_rate: replaces the dropout rate in T5's or GPT-2's config; the LLaMA family has no dropout.
       tokenizer: replaces the tokenizer beside the weights: a folder, `spiece.model`, `tokenizer.json`, `packaged:t5`,
         `packaged:mt5`, a name on the hub, or a loaded transformers tokenizer. T5X checkpoints have none of their own.
-      place: `place(path, array)` turns each finished host array into the tree's leaf, for instance a sharded one; by
-        default a jax array on the default device.
+      mesh: over which devices the model and the batches are split (see `deptjax.sharding`): sizes, such as
+        `data:2,fsdp:4` or a mapping; a preset, `data`, `fsdp`, `tensor` or `fsdp+tensor`; or `auto`: every device has
+        the whole model, unless it is too large for one.
+      sharding_rules: for a logical axis (`embed`, `heads`, `kv_heads`, `mlp`, `vocab`, `layers`) the mesh axes that it
+        is split over instead of its own, or `None`; as a text, `vocab:none,embed:model`.
 
-    The peak of host memory is the tree itself and a few megabytes (of a T5X checkpoint, a few of its chunks). Raises
-    `UserError`, in one line that names the file and the field or tensor, for whatever cannot be loaded faithfully.
+    Where a mesh splits the model, weights are read straight into their shards, and no host holds more than its own
+    devices' parts. The peak of host memory is the tree itself and a few megabytes (of a T5X checkpoint, a few of its
+    chunks). Raises `UserError`, in one line that names the file and the field or tensor, for whatever cannot be loaded
+    faithfully.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
@@ -58,8 +68,17 @@ def load_backbone(
             f"{opened.where}: the tokenizer has {len(chosen)} tokens but the model only {config.vocab_size} embeddings;"
             " take the tokenizer that belongs to the model"
         )
+    placement = _placement(config, mesh, sharding_rules)
+    place = None if placement.mesh.size == 1 else Sharded(placement)
     params = opened.fill(config, scan_layers=scan_layers, dtype=dtype, place=place)
-    return Backbone(str(name_or_path), config, params, chosen)
+    return Backbone(str(name_or_path), config, params, chosen, placement)
+
+
+def _placement(config: Any, mesh: Any, rules: Any) -> Placement:
+    """Returns where the model lies; its size is only counted where there is a choice."""
+    several = jax.device_count() > 1
+    weights = parameter_count(config) * DTYPES[config.dtype].itemsize if several and mesh == "auto" else None
+    return Placement.over(mesh=mesh, rules=rules, config=config, weight_bytes=weights)
 
 
 class _Opened(NamedTuple):

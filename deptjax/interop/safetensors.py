@@ -41,8 +41,11 @@ class TensorSource(Protocol):
     def where(self, name: str) -> str:
         """Returns the file that holds a tensor, for messages."""
 
-    def blocks(self, name: str) -> Any:
-        """Yields `(start, rows)`: consecutive slices of the tensor along axis 0, as floating numpy arrays."""
+    def blocks(self, name: str, wanted: tuple[int, int] | None = None) -> Any:
+        """Yields `(start, rows)`: consecutive slices of the tensor along axis 0, as floating numpy arrays.
+
+        `wanted` are the first row that is needed and the one behind the last; others may come as well.
+        """
 
 
 class SafetensorsFile:
@@ -70,8 +73,8 @@ class SafetensorsFile:
         """Returns the file that holds a tensor, for messages."""
         return str(self.path)
 
-    def blocks(self, name: str) -> Any:
-        """Yields `(start, rows)`: consecutive slices of the tensor along axis 0, in the stored dtype.
+    def blocks(self, name: str, wanted: tuple[int, int] | None = None) -> Any:
+        """Yields `(start, rows)`: consecutive slices of the tensor along axis 0, in the stored dtype, of `wanted` rows.
 
         Raises `UserError` for a dtype that is not floating point (quantised integers need a dequantised file).
         """
@@ -87,9 +90,10 @@ class SafetensorsFile:
         row_bytes = max(1, math.prod(row_shape) * dtype.itemsize)
         step = max(1, BLOCK_BYTES // row_bytes)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start + entry["data_offsets"][0])
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
+            first, last = wanted or (0, rows)
+            file.seek(self._start + entry["data_offsets"][0] + first * row_bytes)
+            for start in range(first, last, step):
+                count = min(step, last - start)
                 block = np.empty((count, *row_shape), dtype)
                 read_exactly(file, block, self.path, name)
                 yield start, block
@@ -187,6 +191,6 @@ class SafetensorsFolder:
         """Returns the file that holds a tensor, or the folder where none does, for messages."""
         return str(self._files[name].path if name in self._files else self.folder)
 
-    def blocks(self, name: str) -> Any:
+    def blocks(self, name: str, wanted: tuple[int, int] | None = None) -> Any:
         """Yields `(start, rows)` slices of a tensor along axis 0, as `SafetensorsFile.blocks` does."""
-        return self._files[name].blocks(name)
+        return self._files[name].blocks(name, wanted)

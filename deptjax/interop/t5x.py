@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deptjax.errors import UserError, nearest
-from deptjax.interop.convert import DTYPES, Place, empty_aligned, is_stacked, leaves_of, place_on_default_device, put
+from deptjax.interop.convert import DTYPES, DefaultDevice, Place, empty_aligned, is_stacked, leaves_of, put
 from deptjax.interop.huggingface import config_from_dict
 from deptjax.interop.names import Entry, Path, t5_entries
 from deptjax.interop.t5x_gin import mlp_settings, t5_settings
@@ -138,10 +138,11 @@ def fill_t5x(config: T5Config, store: T5XStore, *, scan_layers: bool, dtype: str
     the tree and a few megabytes, or a few times the largest stored chunk where that is more: a chunk cannot be
     decompressed in part (T5X's own are 64 MiB at most). What stands in the msgpack file itself is in memory beside it.
 
-    `place(path, array)` is as in `load_backbone`. Raises `UserError` for a parameter that is missing, unexpected or has
-    another shape, before anything large is read, and for layers with different position biases.
+    `place` is as in `fill_tree`; a leaf is read whole before it is split. Raises `UserError` for a parameter that is
+    missing, unexpected or has another shape, before anything large is read, and for layers with different position
+    biases.
     """
-    place = place or place_on_default_device
+    place = place or DefaultDevice()
     counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     stacks = {name: stack_of(store, name, config.width)._replace(layers=count) for name, count in counts.items()}
     groups = leaves_of(t5_entries(config), True)  # of the same kind, one a layer: stored together, or filled together
@@ -159,7 +160,7 @@ def fill_t5x(config: T5Config, store: T5XStore, *, scan_layers: bool, dtype: str
         for part in parts[kind]:
             _read(store, part, targets)
         for path, leaf in leaves.items():
-            put(tree, path, place(path, leaf))
+            put(tree, path, place.leaf(path, leaf.shape, [leaf[index] for index in place.parts(path, leaf.shape)]))
     return tree
 
 

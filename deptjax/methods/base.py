@@ -18,13 +18,14 @@ what fills an inner site live beside the layer they act on, under the key `site`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
 
 from deptjax.errors import UserError, nearest
+from deptjax.mesh import Axes
 from deptjax.typing import Array, Key, Tree
 
 SITE = "site"  # the key under which the parameters of what fills an inner site are found
@@ -105,6 +106,10 @@ class Method:
 
     free: ClassVar[tuple[str, ...]] = ()
     """Fields that say how training starts, or that `scales` accounts for: they may differ between stacked prompts."""
+
+    axes: ClassVar[Mapping[str, Axes]] = {}
+    """Logical axes of large parameters of an inner site, by name, to split them over a mesh as the model is; `in` and
+    `out` are those of the kernel beside the site. Parameters that are not named are whole on every device."""
 
     def check_sizes(self) -> None:
         """Raises `UserError` for a size that is given and below 1."""

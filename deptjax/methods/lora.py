@@ -65,6 +65,7 @@ class LoRA(TargetedMethod):
     kind = "lora"
     sizes = ("rank",)
     free = ("alpha",)
+    axes = {"lora_a": ("in", None), "lora_b": (None, "out")}
 
     rank: int = 8
     alpha: float = 16.0

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from deptjax.methods.base import Sites, Vocabulary
+from deptjax.sharding import Placement, to_host
 from deptjax.typing import Array, Tree
 
 # Fields of a config that change how the function is computed or trained, not which function it is.
@@ -25,13 +26,15 @@ class Backbone:
     """A frozen model.
 
     `name` is what it was loaded from, `config` a `T5Config`, `LlamaConfig` or `GPT2Config`, `params` its parameter tree
-    (ARCHITECTURE.md has the paths and shapes), `tokenizer` a transformers tokenizer.
+    (ARCHITECTURE.md has the paths and shapes), `tokenizer` a transformers tokenizer, `placement` the devices that the
+    parameters lie on; without one they are where the default device is.
     """
 
     name: str
     config: Any
     params: Tree
     tokenizer: Any
+    placement: Placement | None = None
 
     def module(self, sites: Sites | None = None) -> Any:
         """Returns the Linen module of the backbone, with `sites` filled (none of them by default)."""
@@ -84,7 +87,7 @@ class Backbone:
     def _embedding_rows(self) -> Iterator[np.ndarray]:
         """Yields the table a few thousand rows at a time: it is the largest array, and is not to be copied whole."""
         for start in range(0, self.embedding.shape[0], _ROWS):
-            yield np.asarray(self.embedding[start : start + _ROWS])
+            yield to_host(self.embedding[start : start + _ROWS])
 
 
 def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from deptjax.models.attention import (
     step_bias,
 )
 from deptjax.models.rope import rotate
+from deptjax.sharding import split_rows
 from deptjax.typing import Array, Bool, Float, Int
 
 Rope = tuple[Array, Array]  # cos and sin of the angles that queries and keys are turned by
@@ -155,7 +156,7 @@ class Block(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
         norm = self.norm(c.norm_eps, name="pre_attention_norm")
-        x, prompt = streams
+        x, prompt = split_rows(streams[0]), streams[1]
         mixed, mixed_prompt, kv = Attention(c, self.sites, self.biases, name="attention")(
             norm(x), None if prompt is None else norm(prompt), context, past
         )

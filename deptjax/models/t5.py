@@ -27,6 +27,7 @@ from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, mask_bias, step_bias
+from deptjax.sharding import split_rows
 from deptjax.typing import Array, Bool, Float, Int
 
 
@@ -241,6 +242,7 @@ class EncoderLayer(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
 
+        x = split_rows(x)
         y = layers.RMSNorm(c.norm_eps, name="pre_attention_layer_norm")(x)
         attention = Attention(c, "encoder/attention", self.sites, name="attention")
         y, _ = attention(y, y, context.position_bias + context.mask_bias, context.deterministic)
@@ -265,6 +267,7 @@ class DecoderLayer(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
 
+        x = split_rows(x)
         y = layers.RMSNorm(c.norm_eps, name="pre_self_attention_layer_norm")(x)
         attention = Attention(c, "decoder/self_attention", self.sites, name="self_attention")
         bias = context.position_bias + context.mask_bias

@@ -115,6 +115,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Returns the fields in which two configs differ, as `train.steps was 4, is now 6; ...`; empty where they agree."""
     old, new = _flat(old), _flat(new)
     different = sorted(k for k in {**old, **new} if old.get(k, MISSING) != new.get(k, MISSING))
+    different = [k for k in different if k.rpartition(".")[2] != "devices"]  # a run may go on on others
     return "; ".join(f"{k} was {_shown(old, k)}, is now {_shown(new, k)}" for k in different)
 
 

@@ -39,6 +39,7 @@ from deptjax.training.population_loop import (
     stack_states,
     stack_where,
 )
+from deptjax.training.run import announce
 from deptjax.training.state import TrainState, count_parameters
 from deptjax.training.step import make_population_step
 from deptjax.training.tuning import EncodedTask, Tuning, encode_task
@@ -119,8 +120,9 @@ def train_population(
       UserError: for members that cannot be stacked, and all that `train` refuses; when no member leaves a prompt.
     """
     config = TrainConfig.from_settings(settings)
-    placement = Placement.over() if placement is None else placement
+    placement = placement or backbone.placement or Placement.over(config=backbone.config)
     placement.check_batch_size(config.batch_size)
+    announce(placement, progress)
     if halving < 0 or halving == 1:
         raise UserError(f"halving is {halving}; it must be 2 or more, or 0 to train every member to the end")
     chosen = make_members(method, task, members, settings)
@@ -131,18 +133,22 @@ def train_population(
         raise UserError("halving compares members on the dev split; give eval_every and tasks with dev rows")
 
     starts = [tuning.start() for tuning in tunings]
-    trainable, frozen = starts[0][0], placement.put(starts[0][1])
+    trainable, frozen = starts[0][0], placement.put(starts[0][1], placement.of_backbone(starts[0][1]))
+    axes = first.model.method.axes
     tx = first.optimizer(trainable)
     stacked = stack_states([TrainState.create(own, tx, key) for own, _, key in starts])
-    streams, stream_of = _streams(tunings)
+    streams, stream_of = _streams(tunings, placement)
     evaluators = {id(tuning.encoded): tuning.evaluator(placement) for tuning in tunings}
     most = max(sum(other.task.name == tuning.task.name for other in tunings) for tuning in tunings)
 
+    def placed(states: TrainState) -> TrainState:
+        return placement.put(states, placement.of_trainable(states, axes, members=True))
+
     with contextlib.ExitStack() as stack:
-        own_folder = RunFolder(workdir, _identity(chosen, tunings, placement, halving), notes)
+        own_folder = RunFolder(workdir, _identity(chosen, tunings, halving), notes)
         stack.callback(own_folder.close)
         paths = [own_folder.path / "members" / member.name for member in chosen] if folders is None else folders
-        member_folders = [RunFolder(path, t.identity(placement)) for path, t in zip(paths, tunings, strict=True)]
+        member_folders = [RunFolder(path, t.identity()) for path, t in zip(paths, tunings, strict=True)]
         for folder in member_folders:
             stack.callback(folder.close)
         checkpoints = Checkpoints(own_folder.checkpoints)
@@ -150,7 +156,7 @@ def train_population(
         so_far = PopulationProgress([], list(range(len(chosen))), [MemberProgress() for _ in chosen])
         if checkpoints.latest is not None:
             so_far = PopulationProgress.from_json(checkpoints.progress())
-            stacked, _ = checkpoints.restore(placement.put(stack_where(stacked, so_far.slots)))
+            stacked, _ = checkpoints.restore(placed(stack_where(stacked, so_far.slots)))
             for stream, saved in zip(streams, so_far.data, strict=True):
                 stream.set_state(saved)  # type: ignore[attr-defined]
         loop = PopulationLoop(
@@ -159,7 +165,10 @@ def train_population(
             folders=member_folders,
             checkpoints=checkpoints,
             step_fn=make_population_step(
-                first.model, lambda peaks: first.optimizer(trainable, peaks), dropout=config.dropout
+                first.model,
+                lambda peaks: first.optimizer(trainable, peaks),
+                dropout=config.dropout,
+                placement=placement,
             ),
             frozen=frozen,
             streams=streams,
@@ -172,7 +181,7 @@ def train_population(
             bar=progress,
         )
         with PeakMemory() as peak:
-            outcome = loop.run(placement.put(stacked), so_far)
+            outcome = loop.run(placed(stacked), so_far)
         parameters = count_parameters(trainable)
         return _finish(own_folder, member_folders, chosen, outcome, parameters, peak.mib)
 
@@ -213,7 +222,7 @@ def _check_alike(first: Tuning, first_member: Member, tuning: Tuning, member: Me
     )
 
 
-def _streams(tunings: Sequence[Tuning]) -> tuple[list[Iterator[Any]], list[int]]:
+def _streams(tunings: Sequence[Tuning], placement: Placement) -> tuple[list[Iterator[Any]], list[int]]:
     """Returns the streams of batches, and which one is each member's: equal tasks and seeds have one in common."""
     lengths = {id(t.encoded): [len(example.source) for example in t.encoded.examples] for t in tunings}
     longest = max(tuning.encoded.preprocessor.max_length for tuning in tunings)
@@ -225,15 +234,13 @@ def _streams(tunings: Sequence[Tuning]) -> tuple[list[Iterator[Any]], list[int]]
         key = (id(tuning.encoded), tuning.config.seed)
         if key not in found:
             found[key] = len(streams)
-            streams.append(tuning.batches(buckets, num_threads=1))
+            streams.append(tuning.batches(buckets, placement, num_threads=1))
     return streams, [found[id(tuning.encoded), tuning.config.seed] for tuning in tunings]
 
 
-def _identity(
-    members: Sequence[Member], tunings: Sequence[Tuning], placement: Placement, halving: int
-) -> dict[str, Any]:
+def _identity(members: Sequence[Member], tunings: Sequence[Tuning], halving: int) -> dict[str, Any]:
     return {
-        "population": {m.name: t.identity(placement) for m, t in zip(members, tunings, strict=True)},
+        "population": {m.name: t.identity() for m, t in zip(members, tunings, strict=True)},
         "halving": halving,
     }
 

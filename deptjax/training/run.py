@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def train(
       task: a `Task`, or the name of a registered one.
       workdir: a folder of this run's own.
       progress: whether to draw a progress bar; `None` draws one on a terminal, `False` prints nothing at all.
-      placement: the devices; by default all there are.
+      placement: the devices; by default those that the backbone lies on.
       notes: texts to put into the folder of a new run, by file name.
       **settings: the fields of `TrainConfig`.
 
@@ -85,15 +86,17 @@ def train(
       UserError: for data, settings or a folder that cannot be used; for a loss that is not finite.
     """
     config = TrainConfig.from_settings(settings)
-    placement = Placement.over() if placement is None else placement
+    placement = placement or backbone.placement or Placement.over(config=backbone.config)
     placement.check_batch_size(config.batch_size)
+    announce(placement, progress)
     tuning = Tuning.prepare(backbone, method, get_task(task) if isinstance(task, str) else task, config)
     trainable, frozen, step_key = tuning.start()
     tx = tuning.optimizer(trainable)
     # A copy, because a step reuses the memory of its state, and full fine-tuning starts from the backbone's own arrays.
-    state = placement.put(TrainState.create(jax.tree.map(jnp.copy, trainable), tx, step_key))
-    frozen = placement.put(frozen)
-    batches: Any = tuning.batches(tuning.buckets)
+    state = TrainState.create(jax.tree.map(jnp.copy, trainable), tx, step_key)
+    state = placement.put(state, placement.of_trainable(state, tuning.model.method.axes))
+    frozen = placement.put(frozen, placement.of_backbone(frozen))
+    batches: Any = tuning.batches(tuning.buckets, placement)
     evaluator = tuning.evaluator(placement)
 
     def evaluate(trainable: Tree) -> dict[str, float]:
@@ -107,7 +110,7 @@ def train(
     loss = make_loss(tuning.model, tuning.label_tokens, dropout=config.dropout)
     with contextlib.ExitStack() as stack:
         # Only now is a file written: what cannot be trained leaves no folder behind.
-        folder = RunFolder(workdir, tuning.identity(placement), notes)
+        folder = RunFolder(workdir, tuning.identity(), notes)
         stack.callback(folder.close)
         checkpoints = Checkpoints(folder.checkpoints)
         stack.callback(checkpoints.close)
@@ -115,7 +118,7 @@ def train(
             config=config,
             folder=folder,
             checkpoints=checkpoints,
-            step_fn=make_train_step(loss, tx),
+            step_fn=make_train_step(loss, tx, placement, tuning.model.method.axes),
             frozen=frozen,
             batches=batches,
             put_batch=placement.put_batch,
@@ -134,6 +137,12 @@ def train(
         with PeakMemory() as peak:
             outcome = loop.run(state, so_far)
         return _finish(folder, outcome, count_parameters(trainable), peak.mib)
+
+
+def announce(placement: Placement, progress: bool | None) -> None:
+    """Says, where there is more than one device, how the run is laid out over them."""
+    if placement.mesh.size > 1 and progress is not False and jax.process_index() == 0:
+        print(f"mesh {placement} ({placement.mesh.size} devices)", file=sys.stderr)
 
 
 def _ended(folder: RunFolder, state: TrainState, progress: Progress, steps: int) -> Outcome:

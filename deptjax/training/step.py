@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from deptjax.mesh import Axes
+from deptjax.sharding import Placement
 from deptjax.training.losses import label_loss, target_loss
 from deptjax.training.state import TrainState
 from deptjax.typing import Array, Bool, Float, Int, Key, Tree
@@ -45,30 +48,47 @@ def make_loss(
     return loss
 
 
-def make_update(loss: LossFn, tx: optax.GradientTransformation) -> StepFn:
+def make_update(
+    loss: LossFn,
+    tx: optax.GradientTransformation,
+    placement: Placement | None = None,
+    axes: Mapping[str, Axes] | None = None,
+) -> StepFn:
     """Returns `step(state, frozen, batch) -> (state, metrics)`, not compiled.
 
     The gradient is taken of `state.trainable` alone. `metrics` has `loss`, `grad_norm` (before clipping) and `finite`;
     when the loss or the gradient is not finite, the step changes no parameter.
+
+    With a `placement`, activations are split by rows, and the new state is laid out as the old one is: by `axes`, those
+    of the method.
     """
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        value, grads = jax.value_and_grad(loss)(state.trainable, frozen, batch, key)
+        with contextlib.nullcontext() if placement is None else placement.activations():
+            value, grads = jax.value_and_grad(loss)(state.trainable, frozen, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
         trainable, opt_state = _where(finite, new, (state.trainable, state.opt_state))
         metrics = {"loss": value, "grad_norm": norm, "finite": finite}
-        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+        new_state = TrainState(state.step + 1, trainable, opt_state, state.key)
+        if placement is not None:
+            new_state = jax.lax.with_sharding_constraint(new_state, placement.of_trainable(new_state, axes or {}))
+        return new_state, metrics
 
     return step
 
 
-def make_train_step(loss: LossFn, tx: optax.GradientTransformation) -> StepFn:
-    """Returns `make_update(loss, tx)`, jitted; the old state's memory is reused."""
-    return jax.jit(make_update(loss, tx), donate_argnums=0)
+def make_train_step(
+    loss: LossFn,
+    tx: optax.GradientTransformation,
+    placement: Placement | None = None,
+    axes: Mapping[str, Axes] | None = None,
+) -> StepFn:
+    """Returns `make_update` of these, jitted; the old state's memory is reused."""
+    return jax.jit(make_update(loss, tx, placement, axes), donate_argnums=0)
 
 
 class Traits(NamedTuple):
@@ -90,7 +110,10 @@ MEMBERS: Any = TrainState(step=None, trainable=0, opt_state=0, key=0)  # type: i
 
 
 def make_population_step(
-    model: Any, make_tx: Callable[[dict[str, Array]], optax.GradientTransformation], dropout: bool = False
+    model: Any,
+    make_tx: Callable[[dict[str, Array]], optax.GradientTransformation],
+    dropout: bool = False,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Tree, Batch, Traits], tuple[TrainState, dict[str, Array]]]:
     """Returns `step(states, frozen, batches, traits) -> (states, metrics)`, jitted: one step of K members at once.
 
@@ -101,6 +124,7 @@ def make_population_step(
       model: a `PromptedModel`, of all members.
       make_tx: returns a member's optimiser, given its peak learning rates.
       dropout: as in `make_loss`.
+      placement: as in `make_update`.
     """
 
     def member(state: TrainState, frozen: Tree, batch: Batch, traits: Traits) -> tuple[TrainState, dict[str, Array]]:
@@ -112,7 +136,11 @@ def make_population_step(
     mapped = jax.vmap(member, in_axes=(MEMBERS, None, 0, 0), out_axes=(MEMBERS, 0))
 
     def step(states: TrainState, frozen: Tree, batches: Batch, traits: Traits) -> tuple[TrainState, dict[str, Array]]:
-        result: tuple[TrainState, dict[str, Array]] = mapped(states, frozen, batches, traits)
+        with contextlib.nullcontext() if placement is None else placement.activations():
+            result: tuple[TrainState, dict[str, Array]] = mapped(states, frozen, batches, traits)
+        if placement is not None:
+            shardings = placement.of_trainable(result[0], model.method.axes, members=True)
+            result = jax.lax.with_sharding_constraint(result[0], shardings), result[1]
         return result
 
     return jax.jit(step, donate_argnums=0)

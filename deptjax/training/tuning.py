@@ -138,16 +138,17 @@ class Tuning:
         """The learning rate of each group by the step."""
         return self.config.schedules(self.rates)
 
-    def batches(self, buckets: Sequence[int], num_threads: int = 2) -> Iterator[Any]:
+    def batches(self, buckets: Sequence[int], placement: Placement, num_threads: int = 2) -> Iterator[Any]:
         """Returns this host's part of the training batches, padded to `buckets`; it has `get_state` and `set_state`."""
+        part, parts = placement.host_part
         return iter(
             train_batches(
                 self.encoded.examples,
                 batch_size=self.config.batch_size,
                 buckets=buckets,
                 seed=self.config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=part,
+                process_count=parts,
                 num_threads=num_threads,
             )
         )
@@ -162,7 +163,7 @@ class Tuning:
             mode=self.config.evaluation,
             batch_size=self.config.eval_batch_size,
             buckets=sorted({*self.buckets, *own}),
-            placement=placement if self.config.eval_batch_size % placement.mesh.size == 0 else None,
+            placement=placement if self.config.eval_batch_size % placement.row_parts == 0 else None,
         )
 
     def evaluate(self, evaluator: Evaluator, trainable: Tree, frozen: Tree) -> dict[str, float]:
@@ -186,8 +187,12 @@ class Tuning:
             settings={"max_length": self.encoded.preprocessor.max_length, "evaluation": self.config.evaluation},
         )
 
-    def identity(self, placement: Placement) -> dict[str, Any]:
-        """Returns all that decides the result: a run is resumed only with the same."""
+    def identity(self) -> dict[str, Any]:
+        """Returns all that decides the result: a run is resumed only with the same.
+
+        On how many devices it runs is not of these: the result is the same but for the order of sums, and a run may go
+        on where there are more or fewer.
+        """
         return {
             "backbone": {
                 "name": self.backbone.name,
@@ -199,7 +204,6 @@ class Tuning:
             "data": {"train": _data_digest(self.encoded.examples), "dev": _data_digest(self.encoded.dev)},
             "learning_rates": self.rates,
             "train": dataclasses.asdict(self.config),
-            "devices": placement.mesh.size,
             **({} if self.source_prompt is None else {"start": self.source_prompt.run_id}),
         }
 

@@ -113,18 +113,6 @@ def test_dropout_can_be_replaced_where_there_is_any(tmp_path: Path) -> None:
         load_backbone(t5, dropout_rate=1.5)
 
 
-def test_place_receives_every_leaf(tmp_path: Path) -> None:
-    seen: list[tuple[str, ...]] = []
-
-    def place(path: tuple[str, ...], leaf: np.ndarray) -> np.ndarray:
-        seen.append(path)
-        return leaf
-
-    backbone = load_backbone(write_folder("llama_gqa", tmp_path), place=place)
-    assert len(seen) == len(entries(backbone.config))
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(backbone.params))
-
-
 def test_tied_copies_may_be_there_and_must_agree(tmp_path: Path) -> None:
     folder = write_folder("t5_v1_0", tmp_path)
     plain = load_backbone(folder)

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from deptjax.errors import UserError
 from deptjax.prompt import Prompt
 from deptjax.sharding import Placement
 
@@ -20,8 +19,8 @@ SCRIPT = """
 import sys, pathlib, jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-from tests import sharding_test
-sharding_test.runs_on_eight_and_on_one(pathlib.Path(sys.argv[1]))
+from tests.sharding import runs_test
+runs_test.runs_on_eight_and_on_one(pathlib.Path(sys.argv[1]))
 """
 RUNS = ("llama-dept", "t5-dept")
 
@@ -63,7 +62,7 @@ def runs_on_eight_and_on_one(folder: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root, folder = pathlib.Path(__file__).parents[1], tmp_path_factory.mktemp("runs")
+    root, folder = pathlib.Path(__file__).parents[2], tmp_path_factory.mktemp("runs")
     env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", SCRIPT, str(folder), jax.config.jax_compilation_cache_dir]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
@@ -95,11 +94,3 @@ def test_arrays_are_where_they_should_be() -> None:
     assert batch["source"].sharding == placement.rows
     np.testing.assert_array_equal(batch["source"], [[0, 1, 2], [3, 4, 5]])
     assert placement.put({"a": np.zeros(3)})["a"].sharding == placement.replicated
-
-
-def test_rows_must_divide_among_the_devices() -> None:
-    mesh = jax.sharding.AbstractMesh((8,), ("data",))
-    placement = Placement(mesh)  # type: ignore[arg-type]
-    placement.check_batch_size(16)
-    with pytest.raises(UserError, match="batch_size 12 does not divide among 8 devices; use a multiple"):
-        placement.check_batch_size(12)
