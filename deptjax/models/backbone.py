@@ -17,7 +17,7 @@ from deptjax.sharding import Placement, to_host
 from deptjax.typing import Array, Tree
 
 # Fields of a config that change how the function is computed or trained, not which function it is.
-_NOT_FUNCTION = ("dtype", "scan_layers", "dropout_rate")
+_NOT_FUNCTION = ("dtype", "scan_layers", "remat", "dropout_rate")
 _ROWS = 4096  # rows of the embedding table looked at together
 
 
@@ -58,9 +58,9 @@ class Backbone:
     def fingerprint(self) -> dict[str, Any]:
         """What tells one backbone from another: a flat dict of plain values, ready for JSON.
 
-        Holds the config's fields that define the function (not its dtype, the layout of its layers, or dropout), and
-        under `"embedding"` the first 16 hex digits of the SHA-256 of the embedding table rounded to bfloat16: so a
-        float32 and a bfloat16 load of the same weights have the same fingerprint.
+        Holds the config's fields that define the function (not its dtype, the layout of its layers, what they keep for
+        a gradient, or dropout), and under `"embedding"` the first 16 hex digits of the SHA-256 of the embedding table
+        rounded to bfloat16: so a float32 and a bfloat16 load of the same weights have the same fingerprint.
         """
         digest = hashlib.sha256()
         for rows in self._embedding_rows():

@@ -13,11 +13,13 @@ own, the prompt's `Front`, made once and given to `start` with every text.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
@@ -32,6 +34,7 @@ from deptjax.models.attention import (
     mask_bias,
     step_bias,
 )
+from deptjax.models.remat import rematerialised
 from deptjax.models.rope import rotate
 from deptjax.sharding import split_rows
 from deptjax.typing import Array, Bool, Float, Int
@@ -81,8 +84,12 @@ class Cache(NamedTuple):
     next_position: Int[Array, "B"]
 
 
-class Context(NamedTuple):
-    """What is the same for all layers: the angles of each stream, if any, the biases, the step when decoding."""
+@struct.dataclass
+class Context:
+    """What is the same for all layers: the angles of each stream, if any, the biases, the step when decoding.
+
+    A tree of arrays, in which `deterministic` is static.
+    """
 
     rope: Rope | None
     bias: Array
@@ -90,7 +97,7 @@ class Context(NamedTuple):
     prompt_bias: Array | None = None
     source_bias: Array | None = None
     step: Array | int = 0
-    deterministic: bool = True
+    deterministic: bool = struct.field(pytree_node=False, default=True)
 
 
 class Attention(nn.Module):
@@ -188,17 +195,18 @@ class CausalModel(nn.Module):
     def setup(self) -> None:
         c = self.config
         parts = (c, self.sites, self.norm, self.mlp, self.biases)
+        block = rematerialised(Block, c.remat, c.scan_layers)
         self.token_embedder = layers.Embedding(c.vocab_size, c.width, c.dtype)
         if c.scan_layers:
             self.layers: Any = nn.scan(
-                Block,
+                block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0),
                 length=c.num_layers,
             )(*parts)
         else:
-            self.layers = [Block(*parts) for _ in range(c.num_layers)]
+            self.layers = [block(*parts) for _ in range(c.num_layers)]
         self.final_norm: Any = self.norm(c.norm_eps)
         if not c.tied:
             self.logits_dense = layers.Head(c.vocab_size)
@@ -346,7 +354,7 @@ class CausalModel(nn.Module):
         context = Context(rope, causal_bias(x.shape[1]), deterministic=deterministic)
         if prompt is not None:
             prompt, rope = self.placed(prompt, jnp.arange(shared), deterministic)
-            context = context._replace(prompt_rope=rope, prompt_bias=causal_bias(shared))
+            context = dataclasses.replace(context, prompt_rope=rope, prompt_bias=causal_bias(shared))
         (x, _), _ = self._blocks((x, prompt), context, None)
         return x, offset
 

@@ -30,7 +30,10 @@ from deptjax.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2-family model. `dtype` is that of the computation; `scan_layers` stacks the layers.
+    """The shape of a GPT-2-family model.
+
+    `dtype` is that of the computation; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
+    (`deptjax.models.remat`).
 
     `dropout_rate` is that of the embedded text, of the attention weights and of the result of each sub-layer.
     """
@@ -50,6 +53,7 @@ class GPT2Config:
     tied: bool = True
     dropout_rate: float = 0.1
     scan_layers: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

@@ -23,7 +23,11 @@ from deptjax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a LLaMA-family model. `dtype` is that of the computation; `scan_layers` stacks the layers."""
+    """The shape of a LLaMA-family model.
+
+    `dtype` is that of the computation; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
+    (`deptjax.models.remat`).
+    """
 
     family: ClassVar[str] = "llama"
     is_encoder_decoder: ClassVar[bool] = False
@@ -43,6 +47,7 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tied: bool = False
     scan_layers: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     @property

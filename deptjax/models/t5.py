@@ -22,18 +22,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, mask_bias, step_bias
+from deptjax.models.remat import rematerialised
 from deptjax.sharding import split_rows
 from deptjax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The shape of a T5-family model. `dtype` is that of the computation; `scan_layers` stacks the layers.
+    """The shape of a T5-family model.
+
+    `dtype` is that of the computation; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
+    (`deptjax.models.remat`).
 
     The defaults are those of T5 1.0. T5 1.1 and its descendants have `activation="gelu_new"`, `gated=True` and
     `tied=False`.
@@ -59,6 +64,7 @@ class T5Config:
     norm_eps: float = 1e-6
     decoder_start_token: int = 0
     scan_layers: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -152,8 +158,9 @@ class Cache(NamedTuple):
     source_bias: Float[Array, "B 1 1 S"]
 
 
-class Context(NamedTuple):
-    """What is the same for all layers of a stack.
+@struct.dataclass
+class Context:
+    """What is the same for all layers of a stack: a tree of arrays, in which `deterministic` is static.
 
     Position bias and mask are two arrays, (1, N, T, S) and (B or 1, 1, T or 1, S), and not their sum, which would be
     B times as large. The decoder also has the encoder's result, with the bias that hides its padding, and the slot of
@@ -162,7 +169,7 @@ class Context(NamedTuple):
 
     position_bias: Array
     mask_bias: Array
-    deterministic: bool
+    deterministic: bool = struct.field(pytree_node=False)
     source: Any = None
     source_bias: Any = None
     step: Array | int = 0
@@ -305,10 +312,11 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relpos_bias = RelativePositionBias(c, bidirectional=True)
+        layer = rematerialised(EncoderLayer, c.remat, c.scan_layers)
         if c.scan_layers:
-            self.layers = _scanned(EncoderLayer, c.num_encoder_layers, (nn.broadcast,))(c, self.sites)
+            self.layers = _scanned(layer, c.num_encoder_layers, (nn.broadcast,))(c, self.sites)
         else:
-            self.layers = [EncoderLayer(c, self.sites) for _ in range(c.num_encoder_layers)]
+            self.layers = [layer(c, self.sites) for _ in range(c.num_encoder_layers)]
         self.encoder_norm = layers.RMSNorm(c.norm_eps)
         self.dropout = nn.Dropout(c.dropout_rate)
 
@@ -334,10 +342,11 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relpos_bias = RelativePositionBias(c, bidirectional=False)
+        layer = rematerialised(DecoderLayer, c.remat, c.scan_layers)
         if c.scan_layers:
-            self.layers = _scanned(DecoderLayer, c.num_decoder_layers, (nn.broadcast, 0))(c, self.sites)
+            self.layers = _scanned(layer, c.num_decoder_layers, (nn.broadcast, 0))(c, self.sites)
         else:
-            self.layers = [DecoderLayer(c, self.sites) for _ in range(c.num_decoder_layers)]
+            self.layers = [layer(c, self.sites) for _ in range(c.num_decoder_layers)]
         self.decoder_norm = layers.RMSNorm(c.norm_eps)
         self.dropout = nn.Dropout(c.dropout_rate)
         if not c.tied:

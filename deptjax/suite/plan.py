@@ -71,7 +71,7 @@ class Recipe:
 
     def to_config(self) -> dict[str, Any]:
         """Returns all that decides the result but the model and the seed, as a JSON object."""
-        train = dataclasses.asdict(self.config(0))
+        train = self.config(0).identity()
         del train["seed"]
         method = method_to_config(self.method)
         return {"task": self.task.to_config(), "method": method, "train": train, "test_examples": self.test_examples}

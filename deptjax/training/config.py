@@ -15,7 +15,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from deptjax.errors import UserError, nearest
+from deptjax.models.remat import REMAT
 from deptjax.training.optim import SCHEDULES, default_warmup, make_schedule
+
+# Fields that change how a run is computed and not what it computes: they are no part of its identity.
+NOT_IDENTITY = ("remat",)
 
 LOSSES = ("auto", "labels", "vocabulary")
 EVALUATIONS = ("auto", "labels", "generate")
@@ -52,6 +56,9 @@ class TrainConfig:
       log_every: steps between lines of `metrics.jsonl`.
       share_prompt: on a causal backbone, compute what belongs to the prompt once a batch and not in every row; the
         result is the same.
+      remat: what layers keep for the gradient: `none` computes nothing twice, `dots` keeps the results of products with
+        weights, `full` only each layer's input. Less memory, more time, the same numbers up to rounding: a run may be
+        resumed with another.
       start_from: folder of a saved prompt whose parameters this run starts from, as in transfer from another task;
         `None` starts anew.
       start_parts: which of them, such as prompt,lora_a,lora_b; `None` takes all that the method tunes.
@@ -87,6 +94,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     log_every: int = 10
     share_prompt: bool = True
+    remat: str = "none"
     start_from: str | None = None
     start_parts: tuple[str, ...] | None = None
     seed: int = 42
@@ -122,6 +130,7 @@ class TrainConfig:
             "loss": LOSSES,
             "evaluation": EVALUATIONS,
             "on_too_long": ("cut", "error"),
+            "remat": REMAT,
             **{f"{group}_schedule": (*SCHEDULES, None) for group in ("prompt", "low_rank", "backbone")},
         }
         for name, known in choices.items():
@@ -142,6 +151,10 @@ class TrainConfig:
         if self.start_from is None:
             raise UserError("start_parts is given, and no start_from; name the prompt to start from")
         object.__setattr__(self, "start_parts", tuple(self.start_parts))
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the fields that decide the result, ready for JSON."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_IDENTITY}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> TrainConfig:

@@ -76,7 +76,8 @@ class Tuning:
 
         Raises `UserError` for data or settings that cannot be used.
         """
-        model = PromptedModel.build(backbone, method, config.share_prompt)
+        computed = dataclasses.replace(backbone.config, remat=config.remat)
+        model = PromptedModel.build(dataclasses.replace(backbone, config=computed), method, config.share_prompt)
         encoded = encode_task(backbone, model.method, task, config) if encoded is None else encoded
         preprocessor = encoded.preprocessor
         check_context(backbone, model.method, preprocessor.max_length, preprocessor.longest_target())
@@ -203,7 +204,7 @@ class Tuning:
             "task": self.task.to_config(),
             "data": {"train": _data_digest(self.encoded.examples), "dev": _data_digest(self.encoded.dev)},
             "learning_rates": self.rates,
-            "train": dataclasses.asdict(self.config),
+            "train": self.config.identity(),
             **({} if self.source_prompt is None else {"start": self.source_prompt.run_id}),
         }
 
