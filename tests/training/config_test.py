@@ -106,3 +106,8 @@ def test_mistakes_name_the_field(field: str, value: object, told: str) -> None:
 def test_unknown_setting() -> None:
     with pytest.raises(UserError, match=r"there is no setting 'promt_lr'. Did you mean 'prompt_lr'\?"):
         TrainConfig.from_settings({"promt_lr": 0.3})
+
+
+def test_what_changes_only_how_a_run_is_computed_is_no_part_of_its_identity() -> None:
+    assert TrainConfig(remat="full").identity() == TrainConfig().identity()
+    assert TrainConfig(steps=7).identity()["steps"] == 7
