@@ -16,6 +16,7 @@ Xue et al. 2022 (arXiv 2105.13626, table 1) for ByT5; Radford et al. 2019 for GP
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -24,7 +25,7 @@ import jax
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.llama import LlamaConfig
 from deptjax.models.t5 import T5Config
-from deptjax.typing import Array
+from deptjax.typing import Array, Tree
 
 Config = T5Config | LlamaConfig | GPT2Config
 
@@ -101,11 +102,16 @@ def parameter_count(config: Config) -> int:
     >>> parameter_count(SIZES["gpt2"])
     124439808
     """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
+
+
+@functools.lru_cache(maxsize=16)
+def parameter_shapes(config: Config) -> Tree:
+    """Returns the parameter tree of a config, layers stacked, its leaves `ShapeDtypeStruct`; not to be changed."""
     tokens, mask = jax.numpy.zeros((1, 1), jax.numpy.int32), jax.numpy.ones((1, 1), bool)
 
     def everything(module: Any) -> Array:
         return module.head(module.target_states(module.embed(tokens), mask, None, tokens))
 
     module = dataclasses.replace(config, scan_layers=True).make()  # one layer is traced instead of all
-    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), method=everything)["params"])
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), method=everything)["params"])
