@@ -39,7 +39,9 @@ PUBLISHED = {
     # Headers of the safetensors on the model hub.
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
