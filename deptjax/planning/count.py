@@ -23,6 +23,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from deptjax.planning.groups import group_of
 from deptjax.planning.hlo import Computation, Instruction, Module, Shape
@@ -108,7 +109,8 @@ def count(text: str, mesh: Mapping[str, int]) -> Cost:
     return Cost(flops, tally["memory",], ordered, round(tally["unknown_loops",]))
 
 
-Tally = collections.Counter  # of ("flops", dtype), ("memory",), ("collective" | "bytes" | "sent", kind, axes, devices)
+# Sums by ("flops", dtype), ("memory",), ("collective" | "bytes" | "sent", kind, axes, devices), ("unknown_loops",).
+Tally = collections.defaultdict[tuple[Any, ...], float]
 
 
 class _Counter:
@@ -123,7 +125,7 @@ class _Counter:
         """Returns the tally of a computation (`None`: the entry). Inside a fusion nothing touches main memory."""
         key = (name or self._module.entry, fused)
         if key not in self._known:
-            tally: Tally = Tally()
+            tally = Tally(float)
             computation = self._module.computations[key[0]]
             for instruction in computation.instructions:
                 for what, value in self._of_instruction(computation, instruction, fused).items():
@@ -136,17 +138,16 @@ class _Counter:
         if opcode == "while":
             turns = self._module.trip_count(computation, instruction)
             inside = self._sum([*called["condition"], *called["body"]], fused)
-            tally = Tally({what: value * (1 if turns is None else turns) for what, value in inside.items()})
+            tally = Tally(float, {what: value * (1 if turns is None else turns) for what, value in inside.items()})
             if turns is None:
                 tally["unknown_loops",] += 1
             return tally
         if opcode == "conditional":
             branches = [name for key in called for name in called[key] if key != "to_apply"]
-            return max((self.of_computation(name, fused) for name in branches), key=_weight, default=Tally())
+            return max((self.of_computation(name, fused) for name in branches), key=_weight, default=Tally(float))
         if opcode in ("call", "async-start"):
             return self._sum([*called.get("to_apply", ()), *called.get("calls", ())], fused)
-        tally = self._sum(list(called.get("calls", ())), fused=True) if opcode == "fusion" else Tally()
-        tally = Tally(tally)
+        tally = self._sum(list(called.get("calls", ())), fused=True) if opcode == "fusion" else Tally(float)
         flops, dtype = _flops(computation, instruction)
         if flops:
             tally["flops", dtype] += flops
@@ -158,7 +159,7 @@ class _Counter:
         return tally
 
     def _sum(self, names: list[str], fused: bool) -> Tally:
-        tally: Tally = Tally()
+        tally = Tally(float)
         for name in names:
             for what, value in self.of_computation(name, fused).items():
                 tally[what] += value
@@ -171,22 +172,24 @@ class _Counter:
         own = sum(shape.nbytes for shapes in computation.shapes_of(instruction) for shape in shapes)
         if kind == "all-reduce" and _is_scattered(computation, instruction, devices):
             kind = "reduce-scatter"
-        if kind == "all-gather":
-            held, sent = own * devices, own * (devices - 1)
-        elif kind == "all-reduce":
-            held, sent = own, 2 * own * (devices - 1) / devices
-        elif kind in ("collective-permute", "collective-broadcast"):
-            held, sent = own, own
-        else:
-            held, sent = own, own * (devices - 1) / devices
         key = (kind, axes, devices)
         tally["collective", *key] += 1
-        tally["bytes", *key] += held
-        tally["sent", *key] += sent
+        tally["bytes", *key] += own * devices if kind == "all-gather" else own
+        tally["sent", *key] += own * _sent_share(kind, devices)
 
 
-def _weight(tally: Tally) -> float:
-    return sum(value for key, value in tally.items() if key[0] in ("flops", "memory"))
+def _sent_share(kind: str, devices: int) -> float:
+    """Returns what a device sends in a collective, by what it puts in."""
+    if kind == "all-gather":
+        return devices - 1
+    if kind == "all-reduce":
+        return 2 * (devices - 1) / devices
+    return 1 if kind in ("collective-permute", "collective-broadcast") else (devices - 1) / devices
+
+
+def _weight(tally: Tally) -> tuple[float, float]:
+    """Returns by what the costliest branch is chosen."""
+    return sum(value for key, value in tally.items() if key[0] == "flops"), tally["memory",]
 
 
 def _runs_here(computation: Computation, instruction: Instruction) -> bool:

@@ -68,7 +68,9 @@ def _by_axes(mesh: str, chosen: str) -> list[list[int]]:
             cuts[name] = (int(before), int(size))
         else:
             whole.add(name)
-    shape, inside, outside = [], [], []
+    shape: list[int] = []
+    inside: list[int] = []
+    outside: list[int] = []
     for name, size in sizes.items():
         before, part = cuts.get(name, (1, size if name in whole else 1))
         for length, is_in in ((before, False), (part, True), (size // before // part, False)):

@@ -70,10 +70,10 @@ def _parsed(name: str) -> tuple[str, tuple[int, ...]]:
             f"topology '{name}' does not exist; {chip} comes as {slices}. Did you mean '{chip}:{near[0]}x{near[1]}'?"
         )
     if wanted == 3 and any(size not in (1, 2) and (size == 0 or size % 4) for size in sizes):
-        near = "x".join(str(size if size in (1, 2) else max(4, round(size / 4) * 4)) for size in sizes)
+        whole = "x".join(str(size if size in (1, 2) else max(4, round(size / 4) * 4)) for size in sizes)
         raise UserError(
             f"topology '{name}' does not exist; {chip} has sizes of 1, 2 and multiples of 4. "
-            f"Did you mean '{chip}:{near}'?"
+            f"Did you mean '{chip}:{whole}'?"
         )
     return chip, sizes
 
