@@ -35,7 +35,8 @@ def _plan(words: list[str]) -> int:
 
     prepare()
     from deptjax.cli import flags
-    from deptjax.planning import Rows, comparison, make_plan, report
+    from deptjax.planning import CHIPS, Rows, check_rows, comparison, make_plan, measure, report
+    from deptjax.training.config import TrainConfig
 
     parser = _parser()
     options, _ = parser.parse(words)
@@ -46,16 +47,20 @@ def _plan(words: list[str]) -> int:
         flags.whole(options, "length", DEFAULT_LENGTH),
         flags.whole(options, "target-length", DEFAULT_TARGETS),
     )
+    train = TrainConfig(remat=options.get("remat", "none"))
     json_file = options.get("json")
     if json_file:
         _check_writable(json_file)
-    chip, devices = _devices(options.get("topology"))
+    name_of_chip, devices = _devices(options.get("topology"))
     config = _computed(config, options, devices[0].platform)
-    placement = _placement(config, options, chip, devices)
+    placement = _placement(config, options, devices, None if name_of_chip is None else CHIPS[name_of_chip])
+    for method in methods:
+        check_rows(name, config, method, placement, rows)
+    chip = measure(devices) if name_of_chip is None else CHIPS[name_of_chip]
     plans = []
     for method in methods:
         with _told(f"{method.kind} on {name}, {len(devices)} x {chip.name}", quiet="quiet" in options):
-            plans.append(make_plan(name, config, method, placement, chip, rows))
+            plans.append(make_plan(name, config, method, placement, chip, rows, train))
     print(report(plans[0]) if len(plans) == 1 else comparison(plans))
     if json_file:
         found = [plan.to_json() for plan in plans]
@@ -81,6 +86,7 @@ def _parser() -> Any:
         ("length", "N", f"source tokens of a row, padding included (default {DEFAULT_LENGTH})"),
         ("target-length", "N", f"target tokens of a row (default {DEFAULT_TARGETS})"),
         ("dtype", "TEXT", "of the backbone (default bfloat16, on a CPU float32)"),
+        ("remat", "TEXT", "what layers keep for the gradient: none (default), dots or full"),
         ("json", "FILE", "write all figures there as well"),
     ):
         group.add_argument(f"--{flag}", metavar=metavar, help=text)
@@ -137,16 +143,15 @@ def _model(told: str) -> tuple[str, Any]:
     )
 
 
-def _devices(topology: str | None) -> tuple[Any, list[Any]]:
-    """Returns the chip and the devices to compile for: of a topology, or those at hand, measured."""
-    from deptjax.planning import CHIPS, measure, tpu_devices
-
+def _devices(topology: str | None) -> tuple[str | None, list[Any]]:
+    """Returns the name of the chip and the devices to compile for: of a topology, or `None` and those at hand."""
     if topology:
-        name, devices = tpu_devices(topology)
-        return CHIPS[name], devices
+        from deptjax.planning import tpu_devices
+
+        return tpu_devices(topology)
     import jax
 
-    return measure(), jax.devices()
+    return None, jax.devices()
 
 
 def _computed(config: Any, options: dict[str, Any], platform: str) -> Any:
@@ -160,7 +165,7 @@ def _computed(config: Any, options: dict[str, Any], platform: str) -> Any:
     return dataclasses.replace(config, dtype=dtype, scan_layers="no_scan_layers" not in options)
 
 
-def _placement(config: Any, options: dict[str, Any], chip: Any, devices: list[Any]) -> Any:
+def _placement(config: Any, options: dict[str, Any], devices: list[Any], chip: Any) -> Any:
     """Returns the mesh over the devices; `auto` looks at the size of the model."""
     from deptjax.interop.convert import DTYPES
     from deptjax.models.sizes import parameter_count
@@ -172,7 +177,7 @@ def _placement(config: Any, options: dict[str, Any], chip: Any, devices: list[An
         rules=options.get("sharding_rules"),
         config=config,
         weight_bytes=parameter_count(config) * DTYPES[config.dtype].itemsize,
-        device_bytes=int(chip.memory_bytes),
+        device_bytes=None if chip is None else int(chip.memory_bytes),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from deptjax.planning.chips import CHIPS, Chip, measure
 from deptjax.planning.count import Collective, Cost, count
-from deptjax.planning.plan import Memory, Plan, Rows, make_plan
+from deptjax.planning.plan import Memory, Plan, Rows, check_rows, make_plan
 from deptjax.planning.table import comparison, report
 from deptjax.planning.topology import tpu_devices
 
@@ -24,6 +24,7 @@ __all__ = [
     "Memory",
     "Plan",
     "Rows",
+    "check_rows",
     "comparison",
     "count",
     "make_plan",

@@ -82,6 +82,7 @@ class Plan:
       devices: of the mesh.
       chip: its peaks.
       dtype: of the backbone.
+      remat: what layers keep for the gradient.
       rows: the shape of the batch.
       backbone_parameters: of the backbone.
       trainable_parameters: of what is tuned.
@@ -96,6 +97,7 @@ class Plan:
     devices: int
     chip: Chip
     dtype: str
+    remat: str
     rows: Rows
     backbone_parameters: int
     trainable_parameters: int
@@ -152,7 +154,7 @@ def make_plan(
 
     Args:
       model: what the plan calls the backbone.
-      config: of the backbone, with how it is computed: `dtype`, `scan_layers`, `remat`, `quantize`, `attention`.
+      config: of the backbone, with how it is computed: its dtype, whether layers are scanned.
       method: what is tuned.
       placement: the mesh, over devices at hand or of a topology.
       chip: the peaks of its devices.
@@ -162,8 +164,8 @@ def make_plan(
     Raises `UserError` for a batch that does not divide, a text that does not fit the model or the method.
     """
     train = TrainConfig() if train is None else train
-    method = method.resolve(config.width)
-    _check(model, config, method, placement, rows)
+    config, method = dataclasses.replace(config, remat=train.remat), method.resolve(config.width)
+    check_rows(model, config, method, placement, rows)
     prompted = PromptedModel(config.make(method.sites()), method, train.share_prompt)
     frozen, trainable = abstract_trees(config, prompted)
     tx = make_optimizer(
@@ -192,6 +194,7 @@ def make_plan(
         devices=placement.mesh.size,
         chip=chip,
         dtype=config.dtype,
+        remat=config.remat,
         rows=rows,
         backbone_parameters=parameter_count(config),
         trainable_parameters=count_parameters(trainable),
@@ -231,7 +234,8 @@ def _compiled(step: Any, arguments: tuple[Any, ...], placement: Placement, chip:
     return count(compiled.as_text(), placement.mesh.shape), int(total), int(chip.memory_bytes)
 
 
-def _check(model: str, config: Config, method: Any, placement: Placement, rows: Rows) -> None:
+def check_rows(model: str, config: Config, method: Any, placement: Placement, rows: Rows) -> None:
+    """Raises `UserError` for rows that do not divide over the mesh, or do not fit the method or the model."""
     placement.check_batch_size(rows.batch)
     limit = method.source_limit()
     if limit is not None and rows.length > limit:

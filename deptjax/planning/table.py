@@ -14,7 +14,7 @@ def report(plan: Plan) -> str:
     memory, rows = plan.memory, plan.rows
     lines = [
         f"{plan.model}, {plan.method}: {plan.backbone_parameters:,} parameters, {plan.trainable_parameters:,} trained",
-        f"{_devices(plan)}, {plan.dtype}; a batch of {rows.batch} rows of {rows.length} + {rows.targets} tokens",
+        f"{_devices(plan)}, {_computed(plan)}; a batch of {rows.batch} rows of {rows.length} + {rows.targets} tokens",
         "",
         f"on each {_noun(plan)}",
         _line("frozen weights", size(memory.weights)),
@@ -36,8 +36,9 @@ def report(plan: Plan) -> str:
     for c in plan.cost.collectives:
         over = ",".join(c.axes) or "?"
         lines.append(_line(f"  {c.kind} over {over} ({c.devices})", f"{size(c.bytes):>12}   {c.count} of them"))
-    lines += ["", f"roofline: a step takes {duration(plan.roofline_seconds)} or more, bound by {plan.bound}; "]
-    lines[-1] += f"{plan.tokens_per_second:,.0f} tokens a second and {_noun(plan)} at most"
+    step = f"a step takes {duration(plan.roofline_seconds)} or more, bound by {plan.bound}"
+    rate = f"{plan.tokens_per_second:,.0f} tokens a second and {_noun(plan)} at most"
+    lines += ["", f"roofline: {step}; {rate}"]
     if plan.cost.unknown_loops:
         lines.append(f"{plan.cost.unknown_loops} loops do not say how often they turn: each is counted as one turn")
     return "\n".join(lines)
@@ -60,7 +61,7 @@ def comparison(plans: Sequence[Plan]) -> str:
         table.append(row)
     first = plans[0]
     limit = f"{_noun(first)} of {size(first.memory.limit)}"
-    title = f"{first.model} ({first.backbone_parameters:,} parameters, {first.dtype}) on {_devices(first)}, "
+    title = f"{first.model} ({first.backbone_parameters:,} parameters, {_computed(first)}) on {_devices(first)}, "
     title += f"{first.rows.batch} rows of {first.rows.length} + {first.rows.targets} tokens; bytes on each {limit}"
     return f"{title}\n\n{markdown(table)}"
 
@@ -130,6 +131,10 @@ def _devices(plan: Plan) -> str:
     told = f"{plan.devices} x {plan.chip.name}" if plan.devices > 1 else f"1 {plan.chip.name}"
     peaks = ", its speed measured here" if plan.chip.measured else ""
     return f"{told}{f' ({mesh})' if mesh else ''}{peaks}"
+
+
+def _computed(plan: Plan) -> str:
+    return plan.dtype + ("" if plan.remat == "none" else f", remat {plan.remat}")
 
 
 def _noun(plan: Plan) -> str:
