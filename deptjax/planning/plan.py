@@ -206,11 +206,24 @@ def make_plan(
 
 def abstract_trees(config: Config, prompted: PromptedModel) -> tuple[Tree, Tree]:
     """Returns `frozen` and `trainable` as a run has them, their leaves `ShapeDtypeStruct`."""
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), parameter_shapes(config))
+    shapes = parameter_shapes(config) if config.scan_layers else _one_by_one(parameter_shapes(config))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), shapes)
     if prompted.method.tunes_backbone:
         wide = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
         return {}, {"backbone": wide}
     return params, prompted.shapes(config.width)
+
+
+def _one_by_one(tree: Tree) -> Tree:
+    """Returns a tree of stacked layers with each layer apart, as a model has it whose layers are not scanned."""
+    if not isinstance(tree, dict):
+        return tree
+    apart = {name: _one_by_one(child) for name, child in tree.items() if name != "layers"}
+    if "layers" in tree:
+        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree["layers"])
+        count = jax.tree.leaves(tree["layers"])[0].shape[0]
+        apart |= {f"layers_{i}": layer for i in range(count)}
+    return apart
 
 
 def _compiled(step: Any, arguments: tuple[Any, ...], placement: Placement, chip: Chip) -> tuple[Cost | None, int, int]:
