@@ -50,9 +50,10 @@ TORCH = ["torch>=2.6", "peft>=0.17", "accelerate>=1.0"]
 DATASETS = ["datasets>=4.0"]
 # Reads array_record files; TFRecord needs tensorflow beside. tfds imports importlib_resources and does not ask for it.
 TFDS = ["tensorflow-datasets>=4.9.7", "array-record>=0.5", "importlib-resources>=6.0"]
-TESTS = ["pytest>=8.3", "pytest-xdist>=3.6"]
 PLOT = ["matplotlib>=3.9"]
 NOTEBOOKS = [*PLOT, "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
+# All that the tests need but torch: tests against torch are skipped without it, and `dev` has it.
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", *DATASETS, *TFDS, *NOTEBOOKS]
 
 EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10"],
@@ -73,9 +74,6 @@ EXTRAS = {
         # The oracle of the parity tests, pinned so that a golden can be made again from the same code.
         "torch==2.13.0",
         *TORCH[1:],
-        *DATASETS,
-        *TFDS,
-        *NOTEBOOKS,
     ],
 }
 

@@ -138,7 +138,11 @@ class Placement:
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """Returns the sharding of an array with these logical axes; `None` is an axis that is whole."""
-        return NamedSharding(self.mesh, PartitionSpec(*(self._mesh_axes(axis) or None for axis in axes)))
+        # As the compiler writes it, so that a step's result has the very sharding of its argument, and compiles once.
+        split = [tuple(name for name in self._mesh_axes(axis) if self.mesh.shape[name] > 1) for axis in axes]
+        while split and not split[-1]:
+            split.pop()
+        return NamedSharding(self.mesh, PartitionSpec(*(s[0] if len(s) == 1 else s or None for s in split)))
 
     def check_batch_size(self, batch_size: int, name: str = "batch_size") -> None:
         """Raises `UserError` when the rows of a batch do not divide evenly among the parts of the mesh."""

@@ -60,25 +60,26 @@ class Sharded:
 
     def parts(self, path: Path, shape: tuple[int, ...]) -> list[Index]:
         """Returns the parts that the devices of this host hold, each once."""
-        return list(dict.fromkeys(self._by_device(path, shape).values()))
+        return [tuple(slice(*ends) for ends in part) for part in self._devices(path, shape)]
 
     def leaf(self, path: Path, shape: tuple[int, ...], parts: list[np.ndarray]) -> Any:
         """Returns the array of all hosts together."""
         import jax
 
-        filled = dict(zip(self.parts(path, shape), parts, strict=True))
-        shards = [jax.device_put(filled[index], device) for device, index in self._by_device(path, shape).items()]
+        held = self._devices(path, shape).values()
+        shards = [jax.device_put(part, device) for part, devices in zip(parts, held, strict=True) for device in devices]
         return jax.make_array_from_single_device_arrays(shape, self._sharding(path), shards)
 
     def _sharding(self, path: Path) -> Any:
         return self._placement.sharding(*backbone_axes(path))
 
-    def _by_device(self, path: Path, shape: tuple[int, ...]) -> dict[Any, Index]:
-        held = self._sharding(path).addressable_devices_indices_map(shape)
-        return {
-            device: tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), shape, strict=True))
-            for device, index in held.items()
-        }
+    def _devices(self, path: Path, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Any]]:
+        """Returns the devices of this host that hold each part, which is a start and an end on every axis."""
+        held: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+        for device, index in self._sharding(path).addressable_devices_indices_map(shape).items():
+            ends = (part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+            held.setdefault(tuple(ends), []).append(device)
+        return held
 
 
 def fill_tree(config: Any, source: TensorSource, *, scan_layers: bool, dtype: str, place: Place | None = None) -> Tree:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,14 +11,8 @@ import pytest
 
 from deptjax.prompt import Prompt
 from deptjax.sharding import Placement
+from tests.sharding.process import on_eight
 
-SCRIPT = """
-import sys, pathlib, jax
-jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-from tests.sharding import runs_test
-runs_test.runs_on_eight_and_on_one(pathlib.Path(sys.argv[1]))
-"""
 RUNS = ("llama-dept", "t5-dept")
 
 
@@ -32,7 +23,6 @@ def runs_on_eight_and_on_one(folder: pathlib.Path) -> None:
     from tests.cases import METHODS, backbone_of
     from tests.reviews import review_task
 
-    assert jax.device_count() == 8
     settings = {"steps": 4, "batch_size": 16, "eval_every": 4, "buckets": 1, "log_every": 1, "max_length": 13}
     for name in RUNS:
         family, method = name.split("-")
@@ -62,11 +52,8 @@ def runs_on_eight_and_on_one(folder: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root, folder = pathlib.Path(__file__).parents[2], tmp_path_factory.mktemp("runs")
-    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-c", SCRIPT, str(folder), jax.config.jax_compilation_cache_dir]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("runs")
+    on_eight(runs_on_eight_and_on_one, folder)
     return folder
 
 
