@@ -29,6 +29,7 @@ MODEL_FIELDS = {
         ),
         Field("dtype", ("str",), None, "of weights and computation: float32 (default) or bfloat16"),
         Field("scan_layers", ("bool",), None, "stack the layers: compiles faster, and runs slower on a CPU"),
+        Field("attention", ("str",), None, "auto (default), xla, cudnn (NVIDIA GPUs) or flash (TPUs)"),
         Field("revision", ("str", "None"), None, "branch, tag or commit of a hub model"),
         Field("dropout_rate", ("float", "None"), None, "in training, instead of the one in the model's config (T5)"),
         Field("tokenizer", ("str", "None"), None, "instead of the model's: a folder, file, hub name or packaged:t5"),

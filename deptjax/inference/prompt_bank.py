@@ -29,6 +29,7 @@ from deptjax.inference.rows import Rows, front_of
 from deptjax.methods.base import Method
 from deptjax.methods.room import has_room, move_in, room_for
 from deptjax.models.backbone import Backbone
+from deptjax.models.fused_attention import MAPPED
 from deptjax.models.prompted import PromptedModel, check_parameters
 from deptjax.prompt import Prompt
 from deptjax.typing import Array, Tree
@@ -304,4 +305,4 @@ def _take(stack: Tree, slots: Array) -> Tree:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _fronts(model: PromptedModel, trainable: Tree, frozen: Tree, lengths: Array) -> Any:
-    return jax.vmap(lambda tree, length: model.front(tree, frozen, length))(trainable, lengths)
+    return jax.vmap(lambda tree, length: model.front(tree, frozen, length), axis_name=MAPPED)(trainable, lengths)

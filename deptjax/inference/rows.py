@@ -14,6 +14,7 @@ import flax.struct
 import jax
 
 from deptjax.models import attention
+from deptjax.models.fused_attention import MAPPED
 from deptjax.typing import Array, Bool, Float, Int, Tree
 
 
@@ -68,7 +69,7 @@ def start_rows(
         return model.start(trainable, frozen, front, source, mask, max_new, beams, vocab_ids)
 
     in_axes = (*rows.axes(), 0, 0, None if vocab_ids is None or vocab_ids.ndim == 1 else 0)
-    return jax.vmap(start, in_axes)(rows.trainable, rows.front, source, source_mask, vocab_ids)
+    return jax.vmap(start, in_axes, axis_name=MAPPED)(rows.trainable, rows.front, source, source_mask, vocab_ids)
 
 
 def extend_rows(
@@ -79,7 +80,7 @@ def extend_rows(
     def extend(trainable: Tree, front: Any, cache: Any, tokens: Array) -> Any:
         return model.extend(trainable, frozen, front, cache, tokens, t)
 
-    return jax.vmap(extend, (*rows.axes(), 0, 0))(rows.trainable, rows.front, cache, tokens)
+    return jax.vmap(extend, (*rows.axes(), 0, 0), axis_name=MAPPED)(rows.trainable, rows.front, cache, tokens)
 
 
 def select_beams(cache: Any, parents: Int[Array, "B K"]) -> Any:

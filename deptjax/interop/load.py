@@ -20,6 +20,7 @@ from deptjax.interop.t5x import fill_t5x, t5x_config
 from deptjax.interop.t5x_store import BUCKET, T5XStore, is_t5x
 from deptjax.interop.tokenizers import TOKENIZER_FILES, chosen_tokenizer, load_tokenizer, tokenizer_from_gguf
 from deptjax.models.backbone import Backbone
+from deptjax.models.fused_attention import check_name, check_runs_here
 from deptjax.models.sizes import parameter_count
 from deptjax.sharding import Placement
 from deptjax.typing import Tree
@@ -30,6 +31,7 @@ def load_backbone(
     *,
     dtype: str = "float32",
     scan_layers: bool = False,
+    attention: str = "auto",
     revision: str | None = None,
     dropout_rate: float | None = None,
     tokenizer: Any = None,
@@ -43,6 +45,8 @@ def load_backbone(
         local or `gs://bucket/...`), `packaged:smollm2-135m-instruct`, or the name of a model on the Hugging Face hub.
       dtype: of the parameters and of the computation, `float32` or `bfloat16`.
       scan_layers: stack the layers on a leading axis, for models that compile slowly layer by layer.
+      attention: how it is computed: `xla`, by a kernel (`cudnn` on NVIDIA GPUs, `flash` on TPUs), or `auto`, which
+        takes the platform's kernel where that pays (docs/performance.md).
       revision: a branch, tag or commit of a model on the hub.
       dropout_rate: replaces the dropout rate in T5's or GPT-2's config; the LLaMA family has no dropout.
       tokenizer: replaces the tokenizer beside the weights: a folder, `spiece.model`, `tokenizer.json`, `packaged:t5`,
@@ -61,7 +65,7 @@ def load_backbone(
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     opened = _open(_locate(name_or_path, revision))
-    config = _computed(opened.config, dtype, scan_layers, dropout_rate)
+    config = _computed(opened.config, dtype, scan_layers, attention, dropout_rate)
     chosen = opened.tokenizer() if tokenizer is None else chosen_tokenizer(tokenizer)
     if len(chosen) > config.vocab_size:
         raise UserError(
@@ -140,9 +144,11 @@ def _locate(name_or_path: str | Path, revision: str | None) -> str | Path:
     return path
 
 
-def _computed(config: Any, dtype: str, scan_layers: bool, dropout_rate: float | None) -> Any:
+def _computed(config: Any, dtype: str, scan_layers: bool, attention: str, dropout_rate: float | None) -> Any:
     """Returns the config with what the caller chose about how it is computed."""
-    changes: dict[str, Any] = {"dtype": dtype, "scan_layers": scan_layers}
+    check_name(config.family, attention)
+    check_runs_here(attention, dtype, config.head_dim)
+    changes: dict[str, Any] = {"dtype": dtype, "scan_layers": scan_layers, "attention": attention}
     if dropout_rate is not None:
         if not 0 <= dropout_rate < 1:
             raise UserError(f"dropout_rate is {dropout_rate}, expected a number from 0 up to, not including, 1")

@@ -3,17 +3,22 @@
 Keys and values come as a list of *segments* rather than one array: the prompt (shared by all rows), the text (one a
 row), the tokens generated so far, what fills the attention site. Each has its own batch shape, so that what is the same
 for every row is neither kept nor computed more than once.
+
+How it is computed is chosen by name (`deptjax.models.fused_attention.IMPLEMENTATIONS`). `xla` is here: products and a
+softmax, which every platform has.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from deptjax.typing import Array, Float, Int
+from deptjax.models.fused_attention import Problem, choose, fused
+from deptjax.typing import Array, Bool, Float, Int
 
 MASKED = -1e9  # added to scores that must not count; finite, so that a row without any key has no NaN
 
@@ -29,10 +34,16 @@ class KV(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Keys and values to attend to, and what is added to their scores: broadcastable to (B, N, T, S), or nothing."""
+    """Keys and values to attend to, and which of them count.
+
+    `bias` is added to their scores: broadcastable to (B, N, T, S). `mask` (B, S) is true on keys that count, and these
+    come first. When `causal`, there are as many keys as queries, and query t sees keys 0 to t.
+    """
 
     kv: KV
     bias: Array | None = None
+    mask: Bool[Array, "B S"] | None = None
+    causal: bool = False
 
 
 def attend(
@@ -40,30 +51,72 @@ def attend(
     segments: Sequence[Segment],
     scale: float,
     dropout: Callable[[Array], Array] | None = None,
+    implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale * q k^T + bias) v over the keys of all segments together; the softmax in float32.
 
     With K < N key/value heads, query head n uses key/value head n // (N / K) (grouped-query attention).
-    `dropout` is applied to the attention weights.
+    `dropout` is applied to the attention weights. `implementation` is one of `IMPLEMENTATIONS`; what a kernel cannot
+    compute (a single query, rows that share a text, dropout) is computed by `xla`.
     """
     batch, length, _, width = query.shape
-    kv_heads = segments[0].kv.keys.shape[-3]
-    grouped = (query * scale).reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch, kv_heads, -1, width)  # the queries of a key/value head, one behind the other
+    query = query * scale
     # A decoding step's scores are smaller than the cache, which joining would copy; so are those of a few rows that
     # share a text, such as the beams of one source.
-    if length == 1 or any(kv.keys.ndim == 4 and len(kv.keys) != batch for kv, _ in segments):
+    apart = length == 1 or any(s.kv.keys.ndim == 4 and len(s.kv.keys) != batch for s in segments)
+    if not apart:
+        keys, values = _joined(segments, batch)
+        if dropout is None and not any(s.causal or s.mask is not None for s in segments[:-1]):
+            last = segments[-1]
+            problem = Problem(query, keys, values, None, _joined_mask(segments, batch), last.causal)
+            name = choose(implementation, problem)
+            if name != "xla":
+                return fused(name, problem._replace(bias=_full_bias(segments, query, keys)))
+    kv_heads = segments[0].kv.keys.shape[-3]
+    grouped = query.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, -1, width)  # the queries of a key/value head, one behind the other
+    segments = [_with_masks_as_bias(segment, length) for segment in segments]
+    if apart:
         mixed = _mix_apart(grouped, segments, length, dropout)
     else:
-        keys, values = (
-            jnp.concatenate([jnp.broadcast_to(a, (batch, *a.shape[-3:])) for a in parts], axis=2)
-            for parts in zip(*(segment.kv for segment in segments), strict=True)
-        )
         shape = (*grouped.shape[:3], keys.shape[2])
         bias = _joined_bias(segments)
         keep = None if dropout is None else dropout(jnp.ones(shape, query.dtype))
         mixed = _mix(grouped, keys, values, None if bias is None else _by_head(bias, shape, length), keep)
     return mixed.reshape(batch, kv_heads, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _joined(segments: Sequence[Segment], batch: int) -> KV:
+    """Returns the keys and values of all segments, a copy of what is shared for each row."""
+    parts = zip(*(segment.kv for segment in segments), strict=True)
+    return KV(*(jnp.concatenate([jnp.broadcast_to(a, (batch, *a.shape[-3:])) for a in part], axis=2) for part in parts))
+
+
+def _joined_mask(segments: Sequence[Segment], batch: int) -> Bool[Array, "B S"] | None:
+    """Returns which keys count, where only the last segment says so; the true ones come first."""
+    mask = segments[-1].mask
+    if mask is None:
+        return None
+    before = sum(segment.kv.keys.shape[-2] for segment in segments[:-1])
+    return jnp.pad(jnp.broadcast_to(mask, (batch, mask.shape[1])), ((0, 0), (before, 0)), constant_values=True)
+
+
+def _full_bias(segments: Sequence[Segment], query: Array, keys: Array) -> Float[Array, "_ N T S"] | None:
+    """Returns the biases of all segments without their masks; its first axis is 1 when rows share it."""
+    bias = _joined_bias(segments)
+    if bias is None:
+        return None
+    return jnp.broadcast_to(bias, (len(bias), query.shape[2], query.shape[1], keys.shape[2])).astype(jnp.float32)
+
+
+def _with_masks_as_bias(segment: Segment, length: int) -> Segment:
+    """Returns the segment with its mask and its causality in its bias."""
+    kv, bias, mask, causal = segment
+    if causal and kv.keys.shape[-2] != length:
+        raise ValueError(f"a causal segment has {kv.keys.shape[-2]} keys for {length} queries")
+    parts = [bias, causal_bias(length) if causal else None, None if mask is None else mask_bias(mask)]
+    given = [part for part in parts if part is not None]
+    return Segment(kv, functools.reduce(jnp.add, given) if given else None)
 
 
 def _by_head(bias: Array, shape: tuple[int, ...], length: int) -> Array:
@@ -111,7 +164,7 @@ _mix.defvjp(_mix_forward, _mix_backward)
 
 def _joined_bias(segments: Sequence[Segment]) -> Array | None:
     """Returns the biases of all segments side by side, in the smallest shape that holds them, or `None`."""
-    given = [bias for _, bias in segments if bias is not None]
+    given = [segment.bias for segment in segments if segment.bias is not None]
     if not given:
         return None
     lead = jnp.broadcast_shapes(*(bias.shape[:3] for bias in given))
@@ -120,7 +173,7 @@ def _joined_bias(segments: Sequence[Segment]) -> Array | None:
         shape = (*lead, kv.keys.shape[-2])
         return jnp.zeros(shape) if bias is None else jnp.broadcast_to(bias, shape)
 
-    return jnp.concatenate([widened(*segment) for segment in segments], axis=-1)
+    return jnp.concatenate([widened(segment.kv, segment.bias) for segment in segments], axis=-1)
 
 
 def _mix_apart(
@@ -130,9 +183,9 @@ def _mix_apart(
     dropout: Callable[[Array], Array] | None,
 ) -> Float[Array, "B K T H"]:
     """Returns what `_mix` returns, with the scores of the segments joined instead of their keys and values."""
-    segments = [Segment(_without_row(kv) if len(kv.keys) == 1 != len(q) else kv, bias) for kv, bias in segments]
+    kvs = [_without_row(s.kv) if len(s.kv.keys) == 1 != len(q) else s.kv for s in segments]
     scores = []
-    for (keys, _), bias in segments:
+    for (keys, _), bias in zip(kvs, (segment.bias for segment in segments), strict=True):
         rows = "b" if keys.ndim == 4 else ""
         score = jnp.einsum(f"bkth,{rows}ksh->bkts", q, keys, preferred_element_type=jnp.float32)
         scores.append(score if bias is None else score + _by_head(bias, score.shape, length))
@@ -140,7 +193,7 @@ def _mix_apart(
     if dropout is not None:
         weights = dropout(weights)
     result, start = jnp.zeros_like(q), 0
-    for (_, values), _ in segments:
+    for _, values in kvs:
         rows, size = ("b" if values.ndim == 4 else ""), values.shape[-2]
         result += jnp.einsum(f"bkts,{rows}ksh->bkth", weights[..., start : start + size], values)
         start += size

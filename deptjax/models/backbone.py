@@ -17,7 +17,7 @@ from deptjax.sharding import Placement, to_host
 from deptjax.typing import Array, Tree
 
 # Fields of a config that change how the function is computed or trained, not which function it is.
-_NOT_FUNCTION = ("dtype", "scan_layers", "remat", "dropout_rate")
+_NOT_FUNCTION = ("dtype", "scan_layers", "remat", "dropout_rate", "attention")
 _ROWS = 4096  # rows of the embedding table looked at together
 
 

@@ -88,11 +88,11 @@ class Cache(NamedTuple):
 class Context:
     """What is the same for all layers: the angles of each stream, if any, the biases, the step when decoding.
 
-    A tree of arrays, in which `deterministic` is static.
+    A tree of arrays, in which `deterministic` is static. Without a `bias` the stream is causal.
     """
 
     rope: Rope | None
-    bias: Array
+    bias: Array | None = None
     prompt_rope: Rope | None = None
     prompt_bias: Array | None = None
     source_bias: Array | None = None
@@ -130,8 +130,11 @@ class Attention(nn.Module):
             return q, KV(heads_in_front(k), heads_in_front(v))
 
         def mix(query: Array, segments: list[Segment]) -> Array:
-            mixed = attend(query, extra + segments, c.head_dim**-0.5, dropout)
+            mixed = attend(query, extra + segments, c.head_dim**-0.5, dropout, c.attention)
             return out(mixed.reshape(*mixed.shape[:-2], -1))
+
+        def own(kv: KV) -> Segment:
+            return Segment(kv, causal=True) if context.bias is None else Segment(kv, context.bias)
 
         query, kv = qkv(x, context.rope)
         if past is not None:
@@ -139,12 +142,12 @@ class Attention(nn.Module):
             if past.cache is not None:
                 seen.append(Segment(past.cache.source, context.source_bias))
                 kv = append(past.cache.new, kv, context.step)
-            return mix(query, [*seen, Segment(kv, context.bias)]), None, kv
+            return mix(query, [*seen, own(kv)]), None, kv
         if prompt is None:
-            return mix(query, [Segment(kv, context.bias)]), None, kv
+            return mix(query, [own(kv)]), None, kv
         prompt_query, prompt_kv = qkv(prompt, context.prompt_rope)
-        prompt = mix(prompt_query[None], [Segment(prompt_kv, context.prompt_bias)])[0]
-        return mix(query, [Segment(prompt_kv), Segment(kv, context.bias)]), prompt, kv
+        prompt = mix(prompt_query[None], [Segment(prompt_kv, causal=True)])[0]
+        return mix(query, [Segment(prompt_kv), own(kv)]), prompt, kv
 
 
 class Block(nn.Module):
@@ -250,10 +253,10 @@ class CausalModel(nn.Module):
     def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
         """Returns what the last `length` vectors of a prompt (all of them by default) are to any text behind them."""
         count = prompt.shape[0]
-        bias, hidden = causal_bias(count), front_bias(count, length)
+        hidden = front_bias(count, length)
         positions = jnp.arange(count) - (0 if length is None else count - length)
         prompt, rope = self.placed(prompt, positions)
-        context = Context(rope, bias if hidden is None else bias + hidden)
+        context = Context(rope, None if hidden is None else causal_bias(count) + hidden)
         _, kvs = self._blocks((prompt[None], None), context, None)
         axis = 1 if self.config.scan_layers else 0  # of the one row
         return Front(jax.tree.map(lambda a: jnp.squeeze(a, axis), kvs), length)
@@ -274,7 +277,7 @@ class CausalModel(nn.Module):
         lengths = jnp.sum(source_mask, axis=1)
         first = self._positions_of(front)
         source, rope = self.placed(source, first + jnp.arange(source.shape[1]))
-        context = Context(rope, causal_bias(source.shape[1]), prompt_bias=self._bias_of(front))
+        context = Context(rope, prompt_bias=self._bias_of(front))
         (states, _), kvs = self._blocks((source, None), context, self._past(front, None))
         last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
         stacked = (c.num_layers,) if c.scan_layers else ()
@@ -351,10 +354,10 @@ class CausalModel(nn.Module):
             x, offset, prompt = jnp.concatenate([prompt, x], axis=1), prompt.shape[1], None
         shared = 0 if prompt is None else prompt.shape[0]
         x, rope = self.placed(x, shared + jnp.arange(x.shape[1]), deterministic)
-        context = Context(rope, causal_bias(x.shape[1]), deterministic=deterministic)
+        context = Context(rope, deterministic=deterministic)
         if prompt is not None:
             prompt, rope = self.placed(prompt, jnp.arange(shared), deterministic)
-            context = dataclasses.replace(context, prompt_rope=rope, prompt_bias=causal_bias(shared))
+            context = dataclasses.replace(context, prompt_rope=rope)
         (x, _), _ = self._blocks((x, prompt), context, None)
         return x, offset
 

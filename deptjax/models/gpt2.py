@@ -25,6 +25,7 @@ from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.causal import CausalModel, Placed
+from deptjax.models.fused_attention import check_name
 from deptjax.typing import Array, Float, Int
 
 
@@ -32,8 +33,8 @@ from deptjax.typing import Array, Float, Int
 class GPT2Config:
     """The shape of a GPT-2-family model.
 
-    `dtype` is that of the computation; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
-    (`deptjax.models.remat`).
+    `dtype` is that of the computation, `attention` one of `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the
+    layers; `remat` says what they keep for a gradient (`deptjax.models.remat`).
 
     `dropout_rate` is that of the embedded text, of the attention weights and of the result of each sub-layer.
     """
@@ -55,8 +56,10 @@ class GPT2Config:
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
+        check_name(self.family, self.attention)
         if self.activation not in layers.ACTIVATIONS:
             known, hint = ", ".join(layers.ACTIVATIONS), nearest(self.activation, layers.ACTIVATIONS)
             raise UserError(f"gpt2: activation '{self.activation}' is not known; use one of: {known}.{hint}")

@@ -17,6 +17,7 @@ import flax.linen as nn
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.causal import CausalModel, Placed
+from deptjax.models.fused_attention import check_name
 from deptjax.models.rope import RopeScaling, rope_angles, rope_frequencies
 from deptjax.typing import Array
 
@@ -25,8 +26,8 @@ from deptjax.typing import Array
 class LlamaConfig:
     """The shape of a LLaMA-family model.
 
-    `dtype` is that of the computation; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
-    (`deptjax.models.remat`).
+    `dtype` is that of the computation, `attention` one of `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the
+    layers; `remat` says what they keep for a gradient (`deptjax.models.remat`).
     """
 
     family: ClassVar[str] = "llama"
@@ -49,6 +50,10 @@ class LlamaConfig:
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_name(self.family, self.attention)
 
     @property
     def context(self) -> int | None:

@@ -15,19 +15,18 @@ alone. Decoder slot 0 holds the start token, slot t + 1 the new token t.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
-from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, mask_bias, step_bias
+from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, step_bias
+from deptjax.models.fused_attention import check_name
+from deptjax.models.relative_positions import RelativePositionBias
 from deptjax.models.remat import rematerialised
 from deptjax.sharding import split_rows
 from deptjax.typing import Array, Bool, Float, Int
@@ -37,8 +36,8 @@ from deptjax.typing import Array, Bool, Float, Int
 class T5Config:
     """The shape of a T5-family model.
 
-    `dtype` is that of the computation; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
-    (`deptjax.models.remat`).
+    `dtype` is that of the computation, `attention` one of `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the
+    layers; `remat` says what they keep for a gradient (`deptjax.models.remat`).
 
     The defaults are those of T5 1.0. T5 1.1 and its descendants have `activation="gelu_new"`, `gated=True` and
     `tied=False`.
@@ -66,8 +65,10 @@ class T5Config:
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
+        check_name(self.family, self.attention)
         if self.activation not in layers.ACTIVATIONS:
             known, hint = ", ".join(layers.ACTIVATIONS), nearest(self.activation, layers.ACTIVATIONS)
             raise UserError(f"t5: activation '{self.activation}' is not known; use one of: {known}.{hint}")
@@ -85,50 +86,6 @@ class T5Config:
     def make(self, sites: Sites = NO_SITES) -> T5:
         """Returns the Linen module with these sites filled."""
         return T5(self, sites)
-
-
-def relative_position_bucket(
-    offsets: Int[Array, "*S"], bidirectional: bool, num_buckets: int, max_distance: int
-) -> Int[Array, "*S"]:
-    """Returns the bucket of each offset (position of the key minus position of the query), int32.
-
-    With n buckets for one direction (half of `num_buckets` when `bidirectional`, where keys ahead take the upper half;
-    all of them otherwise, where keys ahead are at distance 0), distances below e = n / 2 have a bucket each, and
-    distance d beyond has min(n - 1, e + floor(log(d / e) / log(max_distance / e) * (n - e))). Raffel et al. 2020,
-    section 2.1.
-
-    The logarithm is taken here, in numpy, once for each distance: on an accelerator its last bit would decide the
-    bucket of distances such as 16 and 32.
-    """
-    count = num_buckets // 2 if bidirectional else num_buckets
-    exact = count // 2
-    far = np.arange(exact, max_distance + 1)
-    steps = np.log(far / exact) / math.log(max_distance / exact) * (count - exact)
-    # 1e-6 is far below the gap between an integer and any other value, and above the rounding of the logarithms.
-    coarse = exact + np.floor(steps + 1e-6).astype(np.int32)
-    of_distance = jnp.asarray(np.concatenate([np.arange(exact), np.minimum(coarse, count - 1)]), jnp.int32)
-    distance = jnp.abs(offsets) if bidirectional else jnp.maximum(-offsets, 0)
-    bucket = of_distance[jnp.minimum(distance, max_distance)]
-    return bucket + jnp.where(offsets > 0, count, 0) if bidirectional else bucket
-
-
-class RelativePositionBias(nn.Module):
-    """What a stack adds to its attention scores: a learned number for each head and bucket of relative position."""
-
-    config: T5Config
-    bidirectional: bool
-
-    @nn.compact
-    def __call__(self, queries: Int[Array, " T"], keys: Int[Array, " S"]) -> Float[Array, "1 N T S"]:
-        """Returns the float32 bias for queries and keys at these positions."""
-        c = self.config
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        table = self.param("rel_embedding", init, (c.num_heads, c.relative_buckets))
-        offsets = keys[None, :] - queries[:, None]
-        buckets = relative_position_bucket(offsets, self.bidirectional, c.relative_buckets, c.relative_max_distance)
-        # A product with one-hot rows and not a gather, whose gradient adds in an order that changes from run to run.
-        chosen = jax.nn.one_hot(buckets, c.relative_buckets, dtype=jnp.float32)
-        return jnp.einsum("nc,tsc->nts", table.astype(jnp.float32), chosen, precision="highest")[None]
 
 
 class LayerCache(NamedTuple):
@@ -151,28 +108,37 @@ class Front(NamedTuple):
     length: Int[Array, ""] | None
 
 
+class Seen(NamedTuple):
+    """What of the encoder's keys counts: true in `mask` (B, S), and not hidden by the `bias` (1, 1, 1, S), if any.
+
+    Rows are padded on the right, so the true ones come first; what hides a prompt's padding, in front, is the bias.
+    """
+
+    mask: Bool[Array, "B S"]
+    bias: Float[Array, "1 1 1 S"] | None = None
+
+
 class Cache(NamedTuple):
-    """What decoding needs of the past: one `LayerCache` a layer, and which source keys are real."""
+    """What decoding needs of the past: one `LayerCache` a layer, and which source keys count."""
 
     layers: Any
-    source_bias: Float[Array, "B 1 1 S"]
+    seen: Seen
 
 
 @struct.dataclass
 class Context:
     """What is the same for all layers of a stack: a tree of arrays, in which `deterministic` is static.
 
-    Position bias and mask are two arrays, (1, N, T, S) and (B or 1, 1, T or 1, S), and not their sum, which would be
-    B times as large. The decoder also has the encoder's result, with the bias that hides its padding, and the slot of
-    its first token.
+    The encoder has the position bias (1, N, T, S) and what counts of its stream: two arrays and not their sum, which
+    would be B times as large. The decoder, with the position bias, is causal when `step` is `None`; else its bias also
+    hides the slots behind the tokens', whose first is `step`. It also has the encoder's result and what counts of that.
     """
 
     position_bias: Array
-    mask_bias: Array
+    seen: Seen
     deterministic: bool = struct.field(pytree_node=False)
     source: Any = None
-    source_bias: Any = None
-    step: Array | int = 0
+    step: Array | int | None = None
 
 
 class Attention(nn.Module):
@@ -187,15 +153,17 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         attended: Array | KV,
-        bias: Array,
+        bias: Array | None,
         deterministic: bool,
+        mask: Array | None = None,
         past: KV | None = None,
-        step: Array | int = 0,
+        step: Array | int | None = None,
+        causal: bool = False,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """Returns the result and the keys and values it attended to.
 
         `attended` is a stream, or keys and values computed before; with `past`, those of the stream are written into
-        it at slot `step`.
+        it at slot `step`. `bias`, `mask` and `causal` are those of a `Segment`.
         """
         c = self.config
 
@@ -208,11 +176,12 @@ class Attention(nn.Module):
             kv = attended
         else:
             kv = KV(*(heads_in_front(project(name, attended)) for name in ("key", "value")))
-        if past is not None:
+        if past is not None and step is not None:
             kv = append(past, kv, step)
         extra = layers.extra_segments(self.sites, self.place, c.num_heads, c.head_dim, x.dtype)
-        dropout = nn.Dropout(c.dropout_rate, deterministic=deterministic)
-        mixed = attend(query, [*extra, Segment(kv, bias)], 1.0, dropout)
+        drops = c.dropout_rate and not deterministic
+        dropout = nn.Dropout(c.dropout_rate, deterministic=False) if drops else None
+        mixed = attend(query, [*extra, Segment(kv, bias, mask, causal)], 1.0, dropout, c.attention)
         out = layers.Linear(c.width, f"{self.place}/out", self.sites, name="out")
         return out(mixed.reshape(*mixed.shape[:-2], -1)), kv
 
@@ -252,7 +221,8 @@ class EncoderLayer(nn.Module):
         x = split_rows(x)
         y = layers.RMSNorm(c.norm_eps, name="pre_attention_layer_norm")(x)
         attention = Attention(c, "encoder/attention", self.sites, name="attention")
-        y, _ = attention(y, y, context.position_bias + context.mask_bias, context.deterministic)
+        bias, (mask, hidden) = context.position_bias, context.seen
+        y, _ = attention(y, y, bias if hidden is None else bias + hidden, context.deterministic, mask)
         x = x + drop(layers.residual_fill(self.sites, "encoder/attention", c.width)(y))
 
         y = layers.RMSNorm(c.norm_eps, name="pre_mlp_layer_norm")(x)
@@ -277,9 +247,10 @@ class DecoderLayer(nn.Module):
         x = split_rows(x)
         y = layers.RMSNorm(c.norm_eps, name="pre_self_attention_layer_norm")(x)
         attention = Attention(c, "decoder/self_attention", self.sites, name="self_attention")
-        bias = context.position_bias + context.mask_bias
         past = None if cache is None else cache.new
-        y, new = attention(y, y, bias, context.deterministic, past, context.step)
+        y, new = attention(
+            y, y, context.position_bias, context.deterministic, past=past, step=context.step, causal=past is None
+        )
         x = x + drop(layers.residual_fill(self.sites, "decoder/self_attention", c.width)(y))
 
         y = layers.RMSNorm(c.norm_eps, name="pre_cross_attention_layer_norm")(x)
@@ -287,7 +258,8 @@ class DecoderLayer(nn.Module):
         attention = Attention(c, place, self.sites, name="encoder_decoder_attention")
         known = None if cache is None else cache.source
         source = context.source if known is None else known
-        y, source_kv = attention(y, source, context.source_bias, context.deterministic)
+        mask, hidden = context.seen
+        y, source_kv = attention(y, source, hidden, context.deterministic, mask)
         x = x + drop(layers.residual_fill(self.sites, place, c.width)(y))
 
         y = layers.RMSNorm(c.norm_eps, name="pre_mlp_layer_norm")(x)
@@ -311,7 +283,9 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.relpos_bias = RelativePositionBias(c, bidirectional=True)
+        self.relpos_bias = RelativePositionBias(
+            c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=True
+        )
         layer = rematerialised(EncoderLayer, c.remat, c.scan_layers)
         if c.scan_layers:
             self.layers = _scanned(layer, c.num_encoder_layers, (nn.broadcast,))(c, self.sites)
@@ -320,10 +294,10 @@ class Encoder(nn.Module):
         self.encoder_norm = layers.RMSNorm(c.norm_eps)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def __call__(self, x: Float[Array, "B T D"], mask_bias: Array, deterministic: bool) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], seen: Seen, deterministic: bool) -> Float[Array, "B T D"]:
         """Returns the states after the final norm."""
         positions = jnp.arange(x.shape[1])
-        context = Context(self.relpos_bias(positions, positions), mask_bias, deterministic)
+        context = Context(self.relpos_bias(positions, positions), seen, deterministic)
         x = self.dropout(x, deterministic=deterministic)
         if self.config.scan_layers:
             x, _ = self.layers(x, context)
@@ -341,7 +315,9 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.relpos_bias = RelativePositionBias(c, bidirectional=False)
+        self.relpos_bias = RelativePositionBias(
+            c.num_heads, c.relative_buckets, c.relative_max_distance, bidirectional=False
+        )
         layer = rematerialised(DecoderLayer, c.remat, c.scan_layers)
         if c.scan_layers:
             self.layers = _scanned(layer, c.num_decoder_layers, (nn.broadcast, 0))(c, self.sites)
@@ -356,7 +332,7 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B U D"],
         source: Array | None,
-        source_bias: Array,
+        seen: Seen,
         caches: Any = None,
         step: Array | int = 0,
         deterministic: bool = True,
@@ -367,14 +343,10 @@ class Decoder(nn.Module):
         needed as long as they hold no keys and values of it.
         """
         length, slots = x.shape[1], x.shape[1] if caches is None else _slots(caches)
-        context = Context(
-            position_bias=self.relpos_bias(step + jnp.arange(length), jnp.arange(slots)),
-            mask_bias=step_bias(length, slots, step),
-            deterministic=deterministic,
-            source=source,
-            source_bias=source_bias,
-            step=step,
-        )
+        bias = self.relpos_bias(step + jnp.arange(length), jnp.arange(slots))
+        if caches is not None:
+            bias = bias + step_bias(length, slots, step)
+        context = Context(bias, seen, deterministic, source, None if caches is None else step)
         x = self.dropout(x, deterministic=deterministic)
         if self.config.scan_layers:
             x, kvs = self.layers(x, context, caches)
@@ -433,10 +405,10 @@ class T5(nn.Module):
         prompt included) and target, the attention weights, the hidden layer of the MLP, the result of each sub-layer
         and that of each stack. Every element is dropped by itself.
         """
-        encoded, source_bias = self._encode(source, source_mask, prompt, deterministic)
+        encoded, seen = self._encode(source, source_mask, prompt, deterministic)
         start = jnp.full((targets.shape[0], 1), self.config.decoder_start_token, jnp.int32)
         shifted = self.embed(jnp.concatenate([start, targets[:, :-1]], axis=1))
-        return self.decoder(shifted, encoded, source_bias, deterministic=deterministic)[0]
+        return self.decoder(shifted, encoded, seen, deterministic=deterministic)[0]
 
     def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
         """Returns the prompt, with the number of its vectors, the last ones, that are real (by default all)."""
@@ -456,15 +428,15 @@ class T5(nn.Module):
         """
         c = self.config
         prompt, length = (None, None) if front is None else front
-        encoded, source_bias = self._encode(source, source_mask, prompt, deterministic=True, prompt_length=length)
+        encoded, seen = self._encode(source, source_mask, prompt, deterministic=True, prompt_length=length)
         stacked = (c.num_decoder_layers,) if c.scan_layers else ()
         rows = source.shape[0] * beams
         room = (*stacked, rows, c.num_heads, max_new + 1, c.head_dim)
         empty = LayerCache(None, KV(jnp.zeros(room, c.dtype), jnp.zeros(room, c.dtype)))
         caches = empty if c.scan_layers else (empty,) * c.num_decoder_layers
         first = self.embed(jnp.full((rows, 1), c.decoder_start_token, jnp.int32))
-        states, caches = self.decoder(first, encoded, source_bias, caches, 0)
-        return states[: source.shape[0], 0], Cache(caches, source_bias)
+        states, caches = self.decoder(first, encoded, seen, caches, 0)
+        return states[: source.shape[0], 0], Cache(caches, seen)
 
     def extend(
         self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int, front: Front | None = None
@@ -473,7 +445,7 @@ class T5(nn.Module):
 
         The encoder has read the prompt, so nothing is asked of `front`.
         """
-        states, kvs = self.decoder(self.embed(tokens), None, cache.source_bias, cache.layers, t + 1)
+        states, kvs = self.decoder(self.embed(tokens), None, cache.seen, cache.layers, t + 1)
         if self.config.scan_layers:
             caches = cache.layers._replace(new=kvs.new)
         else:
@@ -487,14 +459,15 @@ class T5(nn.Module):
         prompt: Array | None,
         deterministic: bool,
         prompt_length: Array | None = None,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "B 1 1 S"]]:
-        """Returns the encoder's states of the prompt and the source, S = M + T, and the bias that hides padding."""
-        bias = mask_bias(source_mask)
+    ) -> tuple[Float[Array, "B S D"], Seen]:
+        """Returns the encoder's states of the prompt and the source, S = M + T, and which of them count."""
+        seen = Seen(source_mask)
         if prompt is not None:
-            rows = (source.shape[0], *prompt.shape[-2:])
-            source = jnp.concatenate([jnp.broadcast_to(prompt.astype(source.dtype), rows), source], axis=1)
-            hidden = front_bias(rows[1], prompt_length)
-            in_front = (rows[0], 1, 1, rows[1])
-            hidden = jnp.zeros(in_front) if hidden is None else jnp.broadcast_to(hidden, in_front)
-            bias = jnp.concatenate([hidden, bias], axis=3)
-        return self.encoder(source, bias, deterministic), bias
+            batch, length, count = *source.shape[:2], prompt.shape[-2]
+            front = jnp.broadcast_to(prompt.astype(source.dtype), (batch, *prompt.shape[-2:]))
+            source = jnp.concatenate([front, source], axis=1)
+            hidden = front_bias(count, prompt_length)
+            if hidden is not None:
+                hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, 0), (0, length)))
+            seen = Seen(jnp.pad(source_mask, ((0, 0), (count, 0)), constant_values=True), hidden)
+        return self.encoder(source, seen, deterministic), seen

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from deptjax.mesh import Axes
+from deptjax.models.fused_attention import MAPPED
 from deptjax.sharding import Placement
 from deptjax.training.losses import label_loss, target_loss
 from deptjax.training.state import TrainState
@@ -133,7 +134,7 @@ def make_population_step(
         kept = _where(traits.alive, (new.trainable, new.opt_state), (state.trainable, state.opt_state))
         return TrainState(new.step, kept[0], kept[1], state.key), metrics
 
-    mapped = jax.vmap(member, in_axes=(MEMBERS, None, 0, 0), out_axes=(MEMBERS, 0))
+    mapped = jax.vmap(member, in_axes=(MEMBERS, None, 0, 0), out_axes=(MEMBERS, 0), axis_name=MAPPED)
 
     def step(states: TrainState, frozen: Tree, batches: Batch, traits: Traits) -> tuple[TrainState, dict[str, Array]]:
         with contextlib.nullcontext() if placement is None else placement.activations():

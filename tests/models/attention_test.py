@@ -21,13 +21,18 @@ def formula(query: Array, segments: Sequence[Segment], scale: float, keep: Array
     """Returns softmax(scale * q k^T + bias) v, one array of keys a row, a copy of them for each query head."""
     batch, length, heads, _ = query.shape
     keys, values, biases = [], [], []
-    for (k, v), bias in segments:
+    for (k, v), bias, mask, causal in segments:
         copies = heads // k.shape[-3]
         spread = [jnp.broadcast_to(a, (batch, *a.shape[-3:])).repeat(copies, axis=1) for a in (k, v)]
         keys.append(spread[0])
         values.append(spread[1])
         shape = (batch, heads, length, k.shape[-2])
-        biases.append(jnp.zeros(shape) if bias is None else jnp.broadcast_to(bias, shape))
+        added = jnp.zeros(shape) if bias is None else jnp.broadcast_to(bias, shape)
+        if mask is not None:
+            added = jnp.where(mask[:, None, None, :], added, -jnp.inf)
+        if causal:
+            added = jnp.where(jnp.arange(k.shape[-2])[None] <= jnp.arange(length)[:, None], added, -jnp.inf)
+        biases.append(added)
     scores = scale * jnp.einsum("btnh,bnsh->bnts", query, jnp.concatenate(keys, axis=2)) + jnp.concatenate(biases, -1)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True)
@@ -72,6 +77,31 @@ def test_values_and_all_gradients_are_those_of_the_formula(heads: tuple[int, int
     gradients = [jax.grad(lambda a, f=f: jnp.vdot(f(a), toward))(given) for f in (ours, theirs)]
     assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(gradients[0]))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), *gradients)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_masked_and_later_keys_do_not_count(heads: tuple[int, int]) -> None:
+    given = arrays(heads, length=11)
+    mask = jnp.arange(11)[None] < jnp.asarray([[11], [4]])
+
+    def segments(a: dict[str, Any]) -> list[Segment]:
+        return [Segment(a["shared"]), Segment(a["own"], a["bias"], mask, causal=True)]
+
+    def ours(a: dict[str, Any]) -> Array:
+        return attend(a["query"], segments(a), 0.3, implementation="xla")
+
+    def theirs(a: dict[str, Any]) -> Array:
+        return formula(a["query"], segments(a), 0.3)
+
+    np.testing.assert_allclose(ours(given), theirs(given), atol=1e-6)
+    gradients = [jax.grad(lambda a, f=f: jnp.sum(f(a) ** 2))(given) for f in (ours, theirs)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *gradients)
+
+
+def test_a_causal_segment_has_a_key_for_each_query() -> None:
+    given = arrays((3, 3))
+    with pytest.raises(ValueError, match="11 keys for 5 queries"):
+        attend(given["query"], [Segment(given["own"], causal=True)], 1.0, implementation="xla")
 
 
 def test_dropped_weights_count_in_values_and_gradients() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deptjax.errors import UserError
-from deptjax.models import t5
+from deptjax.models import relative_positions, t5
 from deptjax.models.prompted import site_leaves
 from deptjax.models.t5 import T5Config
 from deptjax.typing import Array, Tree
@@ -188,7 +188,7 @@ def test_buckets_are_those_of_t5x(buckets: int, far: int, bidirectional: bool) -
     ratio = np.maximum(distance, 1).astype(np.float32) / exact + np.finfo(np.float32).eps
     large = exact + (np.log(ratio) / math.log(far / exact) * (count - exact)).astype(np.int32)
     expected = base + np.where(distance < exact, distance, np.minimum(large, count - 1))
-    ours = t5.relative_position_bucket(jnp.asarray(offsets), bidirectional, buckets, far)
+    ours = relative_positions.relative_position_bucket(jnp.asarray(offsets), bidirectional, buckets, far)
     np.testing.assert_array_equal(ours, expected)
     if not bidirectional:
         assert set(np.asarray(ours)) == set(range(buckets))  # every bucket is in use
