@@ -69,7 +69,9 @@ def attend(
         if dropout is None and not any(s.causal or s.mask is not None for s in segments[:-1]):
             last = segments[-1]
             problem = Problem(query, keys, values, None, _joined_mask(segments, batch), last.causal)
-            name = choose(implementation, problem)
+            name = choose(
+                implementation, problem, max((len(s.bias) for s in segments if s.bias is not None), default=0)
+            )
             if name != "xla":
                 return fused(name, problem._replace(bias=_full_bias(segments, query, keys)))
     kv_heads = segments[0].kv.keys.shape[-3]

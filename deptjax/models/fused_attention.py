@@ -29,7 +29,8 @@ from deptjax.typing import Array, Bool, Float
 Kernel = Callable[["Problem"], Array]
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "flash")
 MAPPED = "mapped"  # the axis of a map over rows or members
-# From this many scores a head and row on, `auto` takes the TPU kernel; docs/performance.md has the figures.
+# From this many scores a head and row on, `auto` takes the TPU kernel: compiled for a v5e, two layers of LLaMA-2-7B
+# or T5-3B need about half of the temporary memory at 8 x 2048, but more at 64 x 256 (docs/performance.md).
 PAYS = 512 * 512
 _BLOCKS = (512, 384, 256, 128)  # queries and keys that the TPU kernel holds at a time
 
@@ -86,11 +87,12 @@ def platform() -> str:
     return "cuda" if "cuda" in device.client.platform_version else "rocm"
 
 
-def choose(asked: str, problem: Problem) -> str:
+def choose(asked: str, problem: Problem, bias_rows: int = 0) -> str:
     """Returns the implementation to use, `xla`, `cudnn` or `flash`, where one of `IMPLEMENTATIONS` is asked for.
 
-    It is chosen while tracing. A kernel that was asked for is used wherever it can compute the problem, on whatever
-    platform, so that a program can be compiled for a machine that is not here.
+    It is chosen while tracing, before there is a bias; that will have `bias_rows` rows (none: no bias). A kernel that
+    was asked for is used wherever it can compute the problem, on whatever platform, so that a program can be compiled
+    for a machine that is not here.
     """
     length, keys, head_dim = problem.query.shape[1], problem.keys.shape[2], problem.query.shape[3]
     if asked == "auto":
@@ -98,8 +100,9 @@ def choose(asked: str, problem: Problem) -> str:
         asked = {"cuda": "cudnn", "tpu": "flash" if long else "xla"}.get(platform(), "xla")
     if asked == "xla" or not _takes(asked, problem.query.dtype, head_dim) or _split(problem) is None:
         return "xla"
-    # jax's rule for mapping cuDNN's kernel wants every array mapped, which those that rows or members share are not.
-    return "xla" if asked == "cudnn" and _is_mapped() else asked
+    # jax's rule for mapping cuDNN's kernel wants every array mapped, which those that rows or members share are not;
+    # and cuDNN has the gradient of a bias that rows share, not of one a row.
+    return "xla" if asked == "cudnn" and (_is_mapped() or bias_rows > 1) else asked
 
 
 def _is_mapped() -> bool:

@@ -173,6 +173,8 @@ def test_what_was_asked_for_is_used_where_it_can_compute() -> None:
     assert choose("auto", long) == "xla"  # on a CPU
     assert choose("flash", long) == "flash"
     assert choose("cudnn", long) == "cudnn"
+    assert choose("cudnn", long, bias_rows=1) == "cudnn"
+    assert choose("cudnn", long, bias_rows=2) == "xla"
     assert choose("cudnn", problem(600, 600, dtype=jnp.float32)) == "xla"
     assert choose("cudnn", problem(600, 600, width=60)) == "xla"
     assert choose("flash", problem(600, 600, width=160)) == "xla"
