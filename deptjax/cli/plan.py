@@ -86,6 +86,7 @@ def _parser() -> Any:
         ("length", "N", f"source tokens of a row, padding included (default {DEFAULT_LENGTH})"),
         ("target-length", "N", f"target tokens of a row (default {DEFAULT_TARGETS})"),
         ("dtype", "TEXT", "of the backbone (default bfloat16, on a CPU float32)"),
+        ("attention", "TEXT", "auto (default), xla, cudnn (NVIDIA GPUs) or flash (TPUs)"),
         ("remat", "TEXT", "what layers keep for the gradient: none (default), dots or full"),
         ("json", "FILE", "write all figures there as well"),
     ):
@@ -158,11 +159,16 @@ def _computed(config: Any, options: dict[str, Any], platform: str) -> Any:
     """Returns the config with what the flags say about how it is computed."""
     from deptjax.errors import UserError, nearest
     from deptjax.interop.convert import DTYPES
+    from deptjax.models.fused_attention import check_runs_here
 
     dtype = options.get("dtype", "float32" if platform == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise UserError(f"--dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    return dataclasses.replace(config, dtype=dtype, scan_layers="no_scan_layers" not in options)
+    own = {"dtype": dtype, "scan_layers": "no_scan_layers" not in options}
+    attention = options.get("attention", config.attention)
+    if "topology" not in options:
+        check_runs_here(attention, dtype, config.head_dim)
+    return dataclasses.replace(config, attention=attention, **own)
 
 
 def _placement(config: Any, options: dict[str, Any], devices: list[Any], chip: Any) -> Any:

@@ -72,12 +72,14 @@ class Cost:
       memory_bytes: read from and written to main memory, estimated.
       collectives: by kind and axes.
       unknown_loops: loops whose number of turns the program does not say; their bodies count once.
+      unknown_kernels: runs of hand-written kernels that do not say what they compute; their FLOPs are not counted.
     """
 
     flops: dict[str, float]
     memory_bytes: float
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    unknown_kernels: int
 
     @property
     def total_flops(self) -> float:
@@ -106,10 +108,11 @@ def count(text: str, mesh: Mapping[str, int]) -> Cost:
         for _, kind, axes, devices in [key]
     ]
     ordered = tuple(sorted(found, key=lambda c: -c.sent_bytes))
-    return Cost(flops, tally["memory",], ordered, round(tally["unknown_loops",]))
+    unknown = (round(tally[what,]) for what in ("unknown_loops", "unknown_kernels"))
+    return Cost(flops, tally["memory",], ordered, *unknown)
 
 
-# Sums by ("flops", dtype), ("memory",), ("collective" | "bytes" | "sent", kind, axes, devices), ("unknown_loops",).
+# Sums by ("flops", dtype), ("memory",), ("collective" | "bytes" | "sent", kind, axes, devices), ("unknown_...",).
 Tally = collections.defaultdict[tuple[Any, ...], float]
 
 
@@ -151,6 +154,8 @@ class _Counter:
         flops, dtype = _flops(computation, instruction)
         if flops:
             tally["flops", dtype] += flops
+        elif '"tpu_custom_call"' in instruction.text:
+            tally["unknown_kernels",] += 1
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES and _runs_here(computation, instruction):
             self._add_collective(tally, computation, instruction, kind)

@@ -82,6 +82,7 @@ class Plan:
       devices: of the mesh.
       chip: its peaks.
       dtype: of the backbone.
+      attention: its implementation, as it was asked for.
       remat: what layers keep for the gradient.
       rows: the shape of the batch.
       backbone_parameters: of the backbone.
@@ -97,6 +98,7 @@ class Plan:
     devices: int
     chip: Chip
     dtype: str
+    attention: str
     remat: str
     rows: Rows
     backbone_parameters: int
@@ -154,7 +156,7 @@ def make_plan(
 
     Args:
       model: what the plan calls the backbone.
-      config: of the backbone, with how it is computed: its dtype, whether layers are scanned.
+      config: of the backbone, with how it is computed: dtype, attention, whether layers are scanned.
       method: what is tuned.
       placement: the mesh, over devices at hand or of a topology.
       chip: the peaks of its devices.
@@ -194,6 +196,7 @@ def make_plan(
         devices=placement.mesh.size,
         chip=chip,
         dtype=config.dtype,
+        attention=config.attention,
         remat=config.remat,
         rows=rows,
         backbone_parameters=parameter_count(config),

@@ -41,6 +41,8 @@ def report(plan: Plan) -> str:
     lines += ["", f"roofline: {step}; {rate}"]
     if plan.cost.unknown_loops:
         lines.append(f"{plan.cost.unknown_loops} loops do not say how often they turn: each is counted as one turn")
+    if plan.cost.unknown_kernels:
+        lines.append(f"{plan.cost.unknown_kernels} runs of kernels do not say their FLOPs, which are not counted")
     return "\n".join(lines)
 
 
@@ -134,7 +136,9 @@ def _devices(plan: Plan) -> str:
 
 
 def _computed(plan: Plan) -> str:
-    return plan.dtype + ("" if plan.remat == "none" else f", remat {plan.remat}")
+    told = [plan.dtype]
+    told += [] if plan.attention == "auto" else [f"attention {plan.attention}"]
+    return ", ".join(told + ([] if plan.remat == "none" else [f"remat {plan.remat}"]))
 
 
 def _noun(plan: Plan) -> str:

@@ -67,6 +67,8 @@ def test_methods_in_one_table_over_a_mesh(model: pathlib.Path, tmp_path: pathlib
         (("--model", "gpt2", "--compare", "lora,full", "--prompt-length", "4"), r"--prompt-length: none of lora, full"),
         (("--model", "gpt2", "--dtype", "bf16"), r"--dtype 'bf16' is not one of .* Did you mean 'bfloat16'\?"),
         (("--model", "gpt2", "--remat", "ful"), r"remat 'ful' is not known.*Did you mean 'full'\?"),
+        (("--model", "gpt2", "--attention", "flsh"), r"attention 'flsh' is not known.*Did you mean 'flash'\?"),
+        (("--model", "gpt2", "--attention", "flash"), r"attention 'flash' needs a TPU, and jax runs on cpu here"),
         (("--model", "gpt2", "--batch", "0"), r"--batch is 0; it must be at least 1"),
         (("--model", "gpt2", "--json", "."), r"--json \.: not a file in a folder that exists"),
         (("--model", "gpt2", "--topolgy", "v5e:4x4"), r"there is no flag --topolgy\. Did you mean '--topology'\?"),

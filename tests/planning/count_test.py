@@ -319,6 +319,14 @@ backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"
     assert count(text, ONE).flops == {"bf16": 2 * 64 * 128 * 32}
 
 
+def test_kernels_that_tell_what_they_compute_and_others() -> None:
+    call = 'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv"'
+    told = f'{call},"cost_estimate":{{"flops":"270008320","transcendentals":"524288","bytes_accessed":"8388608"}}}}}}'
+    text = f"{HEAD}  %k = f32[8,64]{{1,0}} {told}\n  ROOT %b = f32[8,64]{{1,0}} {call}}}}}\n}}\n"
+    counted = count(text, ONE)
+    assert (counted.total_flops, counted.unknown_kernels) == (270008320, 1)
+
+
 def test_a_text_that_is_no_program() -> None:
     with pytest.raises(ValueError, match=r"no ENTRY computation; give compiled\.as_text\(\)"):
         count("HloModule nothing", ONE)
