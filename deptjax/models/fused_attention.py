@@ -253,15 +253,15 @@ def _flash(problem: Problem) -> Array:
 
 
 def _block(length: int) -> int:
-    """Returns the largest block that pads a length by at most an eighth."""
+    """Returns of what a length is padded to a multiple: the largest block that adds at most an eighth."""
     return next((block for block in _BLOCKS[:-1] if -length % block <= length // 8), _BLOCKS[-1])
 
 
 def _blocks(length: int, size: int) -> Any:
-    """Returns the kernel's block sizes for padded lengths, in values and gradients alike."""
+    """Returns the kernel's block sizes for padded lengths, in values and gradients alike: the largest that divide."""
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes
 
-    q, k = _block(length), _block(size)
+    q, k = (next(block for block in _BLOCKS if n % block == 0) for n in (length, size))
     return BlockSizes(
         block_q=q,
         block_k_major=k,

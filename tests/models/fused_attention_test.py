@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.attention import Case, cases, check_attention
 from deptjax.errors import UserError
 from deptjax.models.attention import attend
-from deptjax.models.fused_attention import MAPPED, PAYS, Problem, check_runs_here, choose
+from deptjax.models.fused_attention import MAPPED, PAYS, Problem, check_runs_here, choose, fused
 from deptjax.sharding import Placement
 from deptjax.testing import tiny_gpt2, tiny_llama, tiny_t5
 from deptjax.typing import Array
@@ -159,6 +159,18 @@ def test_the_check_for_machines_with_kernels_runs_here() -> None:
     assert found.keys() == {"xla"}  # a CPU has no kernel
     assert found["xla"].keys() == cases().keys()
     assert all(0 < error < 0.02 for error in found["xla"].values())
+
+
+@pytest.mark.parametrize(("length", "keys"), [(1, 7), (256, 356), (1690, 1790), (2048, 2148), (4096, 4096)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_the_tpu_kernel_divide_what_lengths_are_padded_to(length: int, keys: int, causal: bool) -> None:
+    query, kv = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, length, 4, 64), (2, 2, keys, 64)))
+
+    def loss(query: Array, keys: Array, values: Array) -> Array:  # the kernel refuses blocks while it is traced
+        return fused("flash", Problem(query, keys, values, None, None, causal)).sum(dtype=jnp.float32)
+
+    gradients = jax.eval_shape(jax.grad(loss, (0, 1, 2)), query, kv, kv)
+    assert [g.shape for g in gradients] == [query.shape, kv.shape, kv.shape]
 
 
 def problem(length: int, keys: int, width: int = 64, dtype: Any = jnp.bfloat16) -> Problem:
