@@ -35,8 +35,10 @@ from deptjax.training.state import TrainState, count_parameters
 from deptjax.training.step import make_loss, make_train_step
 from deptjax.typing import Tree
 
-_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# The two ways in which a TPU's compiler refuses a step: by all that it needs, and by its temporaries alone.
+_ALL = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?)")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
+_UNITS = {**dict.fromkeys("0123456789", 1), "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class Rows(NamedTuple):
@@ -187,8 +189,8 @@ def make_plan(
     }
     step = make_train_step(make_loss(prompted, dropout=train.dropout), tx, placement, method.axes)
     start = time.perf_counter()
-    cost, total, limit = _compiled(step, (state, frozen, batch), placement, chip)
     weights, own = _bytes(frozen), _bytes(state)
+    cost, total, limit = _compiled(step, (state, frozen, batch), weights + own, placement, chip)
     return Plan(
         model=model,
         method=method.kind,
@@ -229,16 +231,33 @@ def _one_by_one(tree: Tree) -> Tree:
     return apart
 
 
-def _compiled(step: Any, arguments: tuple[Any, ...], placement: Placement, chip: Chip) -> tuple[Cost | None, int, int]:
+def refused_bytes(told: str, arguments: int) -> tuple[int, int] | None:
+    """Returns what a step needs and what there is, in bytes, as a compiler that refused it told; `None` if it did not.
+
+    >>> refused_bytes("Ran out of memory in memory space hbm. Used 37.50G of 15.75G hbm.", 0)
+    (40265318400, 16911433728)
+
+    Where it only tells of temporaries, the `arguments` come on top.
+    """
+    whole, temporaries = _ALL.search(told), _TEMPORARIES.search(told)
+    found = whole or temporaries
+    if found is None:
+        return None
+    used, limit = (round(float(text.rstrip("KMGT")) * _UNITS[text[-1]]) for text in found.groups())
+    return (used if whole else used + arguments), limit
+
+
+def _compiled(
+    step: Any, trees: tuple[Any, ...], arguments: int, placement: Placement, chip: Chip
+) -> tuple[Cost | None, int, int]:
     """Returns what a step costs, its bytes on one device, and the device's limit."""
     try:
-        compiled = step.lower(*arguments).compile()
+        compiled = step.lower(*trees).compile()
     except jax.errors.JaxRuntimeError as error:
-        refused = _EXHAUSTED.search(str(error))
+        refused = refused_bytes(str(error), arguments)
         if refused is None:
             raise
-        used, limit = (round(float(n) * _UNITS[unit]) for n, unit in (refused.groups()[:2], refused.groups()[2:]))
-        return None, used, limit
+        return None, *refused
     stats = compiled.memory_analysis()
     total = (
         stats.argument_size_in_bytes

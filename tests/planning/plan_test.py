@@ -15,7 +15,7 @@ from deptjax.methods import DePT, FullFineTuning, LoRA, PromptTuning
 from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import parameter_count, parameter_shapes
 from deptjax.planning import CHIPS, Plan, Rows, comparison, make_plan, report
-from deptjax.planning.plan import abstract_trees
+from deptjax.planning.plan import abstract_trees, refused_bytes
 from deptjax.planning.table import duration
 from deptjax.sharding import Placement
 from deptjax.testing import random_params, tiny_llama, tiny_t5
@@ -137,6 +137,28 @@ def test_a_step_that_the_compiler_refuses_does_not_fit(plan: Plan) -> None:
     assert "40.00 GiB of 16.00 GiB: does not fit" in report(refused)
     assert refused.to_json()["roofline_seconds"] is None
     assert " no |" in comparison([refused])
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded",
+            (20.5, 15.75),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (38.11G) exceeds "
+            "available HBM (15.75G).",
+            (38.11 + 3, 15.75),
+        ),
+        ("RESOURCE_EXHAUSTED: out of host memory", None),
+    ],
+)
+def test_what_a_compiler_says_that_refuses(told: str, expected: tuple[float, float] | None) -> None:
+    found = refused_bytes(told, 3 << 30)
+    assert (None if found is None else tuple(n / 2**30 for n in found)) == (
+        None if expected is None else pytest.approx(expected)
+    )
 
 
 def test_nothing_is_allocated() -> None:
