@@ -147,8 +147,8 @@ def test_a_step_that_the_compiler_refuses_does_not_fit(plan: Plan) -> None:
             (20.5, 15.75),
         ),
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (38.11G) exceeds "
-            "available HBM (15.75G).",
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (38.11G) "
+            "exceeds available HBM (15.75G).",
             (38.11 + 3, 15.75),
         ),
         ("RESOURCE_EXHAUSTED: out of host memory", None),
