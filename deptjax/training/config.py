@@ -19,7 +19,7 @@ from deptjax.models.remat import REMAT
 from deptjax.training.optim import SCHEDULES, default_warmup, make_schedule
 
 # Fields that change how a run is computed and not what it computes: they are no part of its identity.
-NOT_IDENTITY = ("remat",)
+NOT_IDENTITY = ("remat", "profile")
 
 LOSSES = ("auto", "labels", "vocabulary")
 EVALUATIONS = ("auto", "labels", "generate")
@@ -59,6 +59,8 @@ class TrainConfig:
       remat: what layers keep for the gradient: `none` computes nothing twice, `dots` keeps the results of products with
         weights, `full` only each layer's input. Less memory, more time, the same numbers up to rounding: a run may be
         resumed with another.
+      profile: traces this many steps, behind the first ten, into the folder `profile` of the run, for TensorBoard and
+        Perfetto; 0 for none.
       start_from: folder of a saved prompt whose parameters this run starts from, as in transfer from another task;
         `None` starts anew.
       start_parts: which of them, such as prompt,lora_a,lora_b; `None` takes all that the method tunes.
@@ -95,6 +97,7 @@ class TrainConfig:
     log_every: int = 10
     share_prompt: bool = True
     remat: str = "none"
+    profile: int = 0
     start_from: str | None = None
     start_parts: tuple[str, ...] | None = None
     seed: int = 42
@@ -116,7 +119,7 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         warmups = [f"{group}warmup_steps" for group in ("", "prompt_", "low_rank_", "backbone_")]
-        for name in (*warmups, "eval_every", "weight_decay", "seed"):
+        for name in (*warmups, "eval_every", "profile", "weight_decay", "seed"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UserError(f"{name} is {value}; it must be 0 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import statistics
 import sys
@@ -15,12 +16,18 @@ from tqdm import tqdm
 
 from deptjax.checkpoint import Checkpoints
 from deptjax.errors import UserError
+from deptjax.training.ahead import Ahead
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder
+from deptjax.training.profile import Profile
 from deptjax.training.signals import StopSignals
 from deptjax.training.state import TrainState
 from deptjax.typing import Tree
 
+logger = logging.getLogger(__name__)
+
+SLOW_INPUT = 0.1  # the share of a window's time that waits for data may take before it is said
+SETTLED_SECONDS = 5.0  # of a window, before its share says anything
 QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
 
 
@@ -58,7 +65,7 @@ class Loop:
       config: the settings.
       folder: where everything is written.
       checkpoints: of this run.
-      step_fn: `step(state, frozen, batch) -> (state, metrics)`.
+      step_fn: `step(state, frozen, batch, go) -> (state, metrics)`, as in `make_update`.
       frozen: the frozen tree.
       batches: an iterator with `get_state`.
       put_batch: places a batch on the devices.
@@ -71,7 +78,7 @@ class Loop:
     config: TrainConfig
     folder: RunFolder
     checkpoints: Checkpoints
-    step_fn: Callable[[TrainState, Tree, Any], tuple[TrainState, dict[str, jax.Array]]]
+    step_fn: Callable[[TrainState, Tree, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     frozen: Tree
     batches: Iterator[Any]
     put_batch: Callable[[Any], Any]
@@ -81,25 +88,46 @@ class Loop:
     bar: bool | None = None
 
     def run(self, state: TrainState, progress: Progress) -> Outcome:
-        """Trains until the last step or a signal, then saves."""
+        """Trains until the last step or a signal, then saves.
+
+        A step's numbers are read when the next one has been given to the devices, so that they never stand still for
+        it; before an evaluation and a checkpoint, all are read. `go` tells the step behind one that is not finite to
+        change nothing.
+        """
         done = int(state.step) // self.config.accumulate
         self.folder.open_logs(done)
         seconds: list[float] = []
+        ahead = Ahead(self.batches, self.put_batch)
+        go = jax.device_put(True, state.step.sharding)
+        profile = Profile(self.folder.path / "profile", self.config.profile, done, self.config.steps, self.bar is False)
         try:
             with StopSignals() as signals, make_bar(self.config.steps, done, self.bar) as bar:
                 window = _Window(losses=list(progress.unlogged))
-                while done < self.config.steps and signals.received is None:
+                pending: _Dispatched | None = None
+                # A batch that is on the devices already is trained on, whatever asks to stop.
+                while done < self.config.steps and (signals.received is None or ahead.ready):
                     began = time.perf_counter()
-                    state, loss = self._step(state, done, progress, window)
+                    profile.before(done)
+                    state, sent = self._dispatch(state, go, done + 1, ahead)
+                    go = sent.metrics[-1]["finite"]
                     done += 1
+                    evaluate = self.evaluate and (due(done, self.config.eval_every) or done == self.config.steps)
+                    self._settle(pending, state, progress, window, bar, ahead)
+                    if done < self.config.steps and signals.received is None:
+                        ahead.fetch(go.is_ready)  # type: ignore[attr-defined]
+                    if evaluate or due(done, self.config.checkpoint_every) or done == self.config.steps:
+                        self._settle(sent, state, progress, window, bar, ahead)
+                        pending = None
+                    else:
+                        pending = sent
+                    profile.after(done, go)
                     seconds.append(time.perf_counter() - began)
-                    bar.update()
-                    self._report(bar, done, loss, window, progress)
-                    if self.evaluate and (due(done, self.config.eval_every) or done == self.config.steps):
+                    if evaluate:
                         self._evaluate(state, done, progress, bar)
-                        window.restart()
+                        window.restart(ahead)
                     if due(done, self.config.checkpoint_every):
-                        self._checkpoint(state, progress, window)
+                        self._checkpoint(state, progress, window, ahead)
+                self._settle(pending, state, progress, window, bar, ahead)
             finished = done == self.config.steps
             if finished and self.evaluate and progress.best_score is None:
                 raise UserError(
@@ -109,28 +137,55 @@ class Loop:
             if finished and self.evaluate is None:
                 progress.best_step = done
                 self.save_prompt(state.trainable, {})
-            self._checkpoint(state, progress, window)
+            self._checkpoint(state, progress, window, ahead)
             self.checkpoints.wait()
         finally:
+            profile.close()
             self.folder.close_logs()
         stopped_by = None if finished else signals.received
         return Outcome(state, progress, finished, done, stopped_by, statistics.median(seconds) if seconds else None)
 
-    def _step(self, state: TrainState, done: int, progress: Progress, window: _Window) -> tuple[TrainState, float]:
-        """Returns the state after one update, and its loss: the mean over the batches whose gradients it averages."""
-        losses = []
+    def _dispatch(self, state: TrainState, go: jax.Array, step: int, ahead: Ahead) -> tuple[TrainState, _Dispatched]:
+        """Gives a step to the devices; returns its state and what will be read of it."""
+        metrics, rows = [], 0
         for _ in range(self.config.accumulate):
-            batch = next(self.batches)
-            window.rows += len(batch["label"]) * jax.process_count()
-            state, metrics = self.step_fn(state, self.frozen, self.put_batch(batch))
-            losses.append(metrics)
-        values = jax.device_get(losses)
+            batch = ahead.take()
+            rows += len(batch["label"])
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, found = self.step_fn(state, self.frozen, batch, go)
+            go = found["finite"]
+            metrics.append(found)
+        # Scheduled behind the step: read later, they would wait for the one that comes after it.
+        rates = {f"lr/{name}": rate(step - 1) for name, rate in self.rates.items()} if self._logs(step) else {}
+        return state, _Dispatched(step, metrics, rates, rows)
+
+    def _settle(
+        self,
+        sent: _Dispatched | None,
+        state: TrainState,
+        progress: Progress,
+        window: _Window,
+        bar: tqdm,
+        ahead: Ahead,
+    ) -> None:
+        """Reads the numbers of a step, waiting for it, and reports them; raises where they are not finite.
+
+        The loss of a step is the mean over the batches whose gradients it averages.
+        """
+        if sent is None:
+            return
+        values, rates = jax.device_get((sent.metrics, sent.rates))
         if not all(value["finite"] for value in values):
             loss_is_finite = all(math.isfinite(value["loss"]) for value in values)
-            self._stop_at_nan(state, done + 1, progress, good=loss_is_finite)
+            self._stop_at_nan(state, sent.step, progress, good=loss_is_finite)
         window.losses.append(sum(float(value["loss"]) for value in values) / len(values))
         window.grad_norm = float(values[-1]["grad_norm"])
-        return state, window.losses[-1]
+        window.rows += sent.rows
+        bar.update()
+        self._report(bar, sent.step, {name: float(rate) for name, rate in rates.items()}, window, progress, ahead)
+
+    def _logs(self, step: int) -> bool:
+        return due(step, self.config.log_every) or step == self.config.steps
 
     def _stop_at_nan(self, state: TrainState, step: int, progress: Progress, good: bool) -> None:
         """Raises `UserError`, having saved a good prompt where none was yet.
@@ -157,7 +212,9 @@ class Loop:
         self.save_prompt(self.checkpoints.restore(state)[0].trainable, {})
         return f"of step {saved // self.config.accumulate}"
 
-    def _report(self, bar: tqdm, done: int, loss: float, window: _Window, progress: Progress) -> None:
+    def _report(
+        self, bar: tqdm, done: int, rates: dict[str, float], window: _Window, progress: Progress, ahead: Ahead
+    ) -> None:
         speed = window.rows / max(time.perf_counter() - window.began, 1e-9)
         shown = {"loss": f"{sum(window.losses[-20:]) / len(window.losses[-20:]):.3f}", "examples/s": f"{speed:.1f}"}
         if progress.best_metrics:
@@ -167,16 +224,18 @@ class Loop:
         if bar.disable and self.bar is not False and time.perf_counter() - window.spoke > QUIET_SECONDS:
             window.spoke = time.perf_counter()
             print(f"step {done}/{self.config.steps} {', '.join(f'{k} {v}' for k, v in shown.items())}", file=sys.stderr)
-        if due(done, self.config.log_every) or done == self.config.steps:
+        if self._logs(done):
             since = window.losses[window.logged :]
             window.logged = len(window.losses)
-            rates = {f"lr/{name}": float(rate(done - 1)) for name, rate in self.rates.items()}
             values = {
                 "loss": sum(since) / len(since),
                 "grad_norm": window.grad_norm,
                 "examples_per_second": speed,
+                "data_wait_seconds": ahead.waited - window.waited,
                 **rates,
             }
+            window.waited = ahead.waited
+            window.warn_of_slow_input(ahead)
             if jax.process_index() == 0:
                 self.folder.log(done, values)
 
@@ -196,9 +255,9 @@ class Loop:
         if self.bar is not False:
             bar.write(f"step {done}: {told}" + (" (best)" if progress.best_step == done else ""), file=sys.stderr)
 
-    def _checkpoint(self, state: TrainState, progress: Progress, window: _Window) -> None:
+    def _checkpoint(self, state: TrainState, progress: Progress, window: _Window, ahead: Ahead) -> None:
         progress.unlogged = window.losses[window.logged :]
-        progress.data = self.batches.get_state()  # type: ignore[attr-defined]
+        progress.data = ahead.get_state()
         self.checkpoints.save(state, dataclasses.asdict(progress))
 
 
@@ -213,9 +272,22 @@ def make_bar(steps: int, done: int, shown: bool | None) -> tqdm:
     return tqdm(total=steps, initial=done, desc="training", unit="step", disable=disable, dynamic_ncols=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+    """A step that was given to the devices: its number, what will be known of each of its batches, and its rows."""
+
+    step: int
+    metrics: list[dict[str, jax.Array]]
+    rates: dict[str, Any]
+    rows: int
+
+
 @dataclasses.dataclass
 class _Window:
-    """What is averaged for display and logs: speed since the last evaluation, losses since the last line."""
+    """What is averaged for display and logs: speed since the last evaluation, losses since the last line.
+
+    `waited` is how long data had been waited for at the last line, `waited_before` when the measure of speed began.
+    """
 
     began: float = dataclasses.field(default_factory=time.perf_counter)
     spoke: float = dataclasses.field(default_factory=time.perf_counter)
@@ -223,7 +295,22 @@ class _Window:
     losses: list[float] = dataclasses.field(default_factory=list)
     logged: int = 0
     grad_norm: float = 0.0
+    waited: float = 0.0
+    waited_before: float = 0.0
+    warned: bool = False
 
-    def restart(self) -> None:
+    def restart(self, ahead: Ahead) -> None:
         """Starts to measure speed anew, so that the time of an evaluation does not count."""
-        self.began, self.rows = time.perf_counter(), 0
+        self.began, self.rows, self.waited_before = time.perf_counter(), 0, ahead.waited
+
+    def warn_of_slow_input(self, ahead: Ahead) -> None:
+        """Says once where steps wait for their batches."""
+        seconds = time.perf_counter() - self.began
+        share = (ahead.waited - self.waited_before) / max(seconds, 1e-9)
+        if not self.warned and seconds > SETTLED_SECONDS and share > SLOW_INPUT:
+            self.warned = True
+            logger.warning(
+                "steps wait for data %.0f %% of the time: the input is the bottleneck; give the process more CPU cores,"
+                " or a larger batch_size",
+                100 * share,
+            )

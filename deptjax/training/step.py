@@ -19,7 +19,7 @@ from deptjax.typing import Array, Bool, Float, Int, Key, Tree
 
 Batch = dict[str, Array]
 LossFn = Callable[[Tree, Tree, Batch, Key | None], Array]
-StepFn = Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, Array]]]
+StepFn = Callable[..., tuple[TrainState, dict[str, Array]]]  # of a state, frozen, a batch, and perhaps `go`
 
 
 def make_loss(
@@ -55,21 +55,25 @@ def make_update(
     placement: Placement | None = None,
     axes: Mapping[str, Axes] | None = None,
 ) -> StepFn:
-    """Returns `step(state, frozen, batch) -> (state, metrics)`, not compiled.
+    """Returns `step(state, frozen, batch, go=True) -> (state, metrics)`, not compiled.
 
     The gradient is taken of `state.trainable` alone. `metrics` has `loss`, `grad_norm` (before clipping) and `finite`;
-    when the loss or the gradient is not finite, the step changes no parameter.
+    when the loss or the gradient is not finite, the step changes no parameter. Neither does it where `go` is false, and
+    then `finite` is so too: given the `finite` of the step before, a step behind a bad one changes nothing, though
+    nobody has read yet that it was bad.
 
     With a `placement`, activations are split by rows, and the new state is laid out as the old one is: by `axes`, those
     of the method.
     """
 
-    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch, go: Array | bool = True
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         with contextlib.nullcontext() if placement is None else placement.activations():
             value, grads = jax.value_and_grad(loss)(state.trainable, frozen, batch, key)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & go
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
         trainable, opt_state = _where(finite, new, (state.trainable, state.opt_state))
@@ -77,6 +81,7 @@ def make_update(
         new_state = TrainState(state.step + 1, trainable, opt_state, state.key)
         if placement is not None:
             new_state = jax.lax.with_sharding_constraint(new_state, placement.of_trainable(new_state, axes or {}))
+            metrics = jax.lax.with_sharding_constraint(metrics, placement.replicated)
         return new_state, metrics
 
     return step

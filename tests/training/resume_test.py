@@ -48,9 +48,9 @@ def long_run(folder: str | pathlib.Path) -> Run:
 
 
 def log_of(folder: pathlib.Path) -> list[dict[str, float]]:
-    """Returns the lines of the log without the speed, which is another at each run."""
+    """Returns the lines of the log without speed and waits, which are others at each run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("examples_per_second", "data_wait_seconds")} for line in lines]
 
 
 def result_of(folder: pathlib.Path) -> dict[str, Any]:

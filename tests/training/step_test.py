@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -235,3 +236,28 @@ def test_one_program_for_each_shape_and_none_after() -> None:
         state, _ = step(state, frozen, placement.put_batch(batch))
         assert step._cache_size() == len(seen)
     assert 2 <= len(seen) <= 4
+
+
+def test_a_step_moves_nothing_between_host_and_device_and_reuses_its_state() -> None:
+    case = case_of("llama", "dept")
+    state, batch, go = case.state(), some_batch(), jnp.asarray(True)
+    compiled = case.step.lower(state, case.frozen, batch, go).compile()
+    leaves = [jax.random.key_data(leaf) if leaf.dtype == state.key.dtype else leaf for leaf in jax.tree.leaves(state)]
+    # Each leaf of the new state lies where the old one's did.
+    assert len(re.findall(r"(?:may|must)-alias", compiled.as_text().partition("\n")[0])) == len(leaves)
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in leaves)
+    on_host = jax.tree.map(np.asarray, batch)
+    with jax.transfer_guard("disallow"):
+        state, metrics = case.step(state, case.frozen, batch, go)
+        state, metrics = case.step(state, case.frozen, batch, metrics["finite"])
+        with pytest.raises(Exception, match="host-to-device transfer"):  # so the guard does see what it is here for
+            case.step(state, case.frozen, on_host, metrics["finite"])
+    assert bool(metrics["finite"])
+
+
+def test_a_step_that_may_not_go_changes_nothing() -> None:
+    case = case_of("llama", "dept")
+    state, metrics = case.step(case.state(), case.frozen, some_batch(), jnp.asarray(False))
+    assert not metrics["finite"]
+    assert np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, case.trainable)
