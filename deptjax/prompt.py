@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from deptjax.errors import UserError
 from deptjax.methods.base import method_from_config, method_to_config
+from deptjax.models.layout import with_layout
 from deptjax.typing import Tree
 from deptjax.version import __version__
 
@@ -77,6 +78,13 @@ class Prompt:
         if different:
             told = "; ".join(f"{k} is {actual.get(k)}, not {self.fingerprint.get(k)}" for k in sorted(different))
             raise UserError(f"{where} was tuned on '{self.backbone}', not on '{backbone.name}': {told}")
+
+    def on(self, backbone: Any) -> Prompt:
+        """Returns the prompt with its layers as the backbone has them: stacked, where it scans them, or one by one."""
+        if not isinstance(self.trainable.get("backbone"), dict):
+            return self
+        inner = with_layout(self.trainable["backbone"], backbone.config.scan_layers)
+        return dataclasses.replace(self, trainable={**self.trainable, "backbone": inner})
 
     def size(self) -> int:
         """Returns the bytes of the tuned parameters."""

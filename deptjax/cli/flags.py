@@ -28,7 +28,12 @@ MODEL_FIELDS = {
             "the backbone: a hub name, a folder, a GGUF file, a T5X checkpoint, packaged:NAME",
         ),
         Field("dtype", ("str",), None, "of weights and computation: float32 (default) or bfloat16"),
-        Field("scan_layers", ("bool",), None, "stack the layers: compiles faster, and runs slower on a CPU"),
+        Field(
+            "scan_layers",
+            ("bool", "None"),
+            None,
+            "stack the layers: compiles faster, and runs slower on a CPU (default: from a billion parameters on)",
+        ),
         Field("attention", ("str",), None, "auto (default), xla, cudnn (NVIDIA GPUs) or flash (TPUs)"),
         Field("revision", ("str", "None"), None, "branch, tag or commit of a hub model"),
         Field("dropout_rate", ("float", "None"), None, "in training, instead of the one in the model's config (T5)"),

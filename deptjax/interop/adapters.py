@@ -1,7 +1,7 @@
-"""What the adapter formats have in common: their folder's config, the projections they name, layers apart or stacked.
+"""What the adapter formats have in common: their folder's config, the projections they name.
 
-An adapter is read into a method's configuration and its `trainable` tree; which class the method has is known to
-`deptjax.prompt` alone.
+An adapter is read into a method's configuration and its `trainable` tree, layers one by one; which class the method has
+is known to `deptjax.prompt` alone.
 """
 
 from __future__ import annotations
@@ -148,38 +148,3 @@ def projections(config: Any) -> list[Projection]:
             features_in, features_out = entry.leaf_shape
             found.append(Projection(tuple(path), site, module, features_in, features_out, entry.part))
     return found
-
-
-def joined(leaves: Mapping[TreePath, np.ndarray], scan_layers: bool) -> Tree:
-    """Returns the tree of these leaves, which have one path a layer, with layers stacked where they are scanned.
-
-    >>> joined({("layers_0", "a"): np.zeros(2), ("layers_1", "a"): np.ones(2)}, scan_layers=True)
-    {'layers': {'a': array([[0., 0.],
-           [1., 1.]])}}
-    """
-    groups: dict[TreePath, list[np.ndarray]] = {}
-    for path, leaf in leaves.items():
-        stacked = tuple("layers" if _LAYER.fullmatch(part) else part for part in path)
-        groups.setdefault(stacked if scan_layers else path, []).append(leaf)
-    tree: Tree = {}
-    for path, group in groups.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = np.stack(group) if scan_layers else group[0]
-    return tree
-
-
-def apart(tree: Tree, prefix: TreePath = ()) -> dict[TreePath, np.ndarray]:
-    """Returns the leaves of a tree with one path a layer, whether or not its layers are stacked.
-
-    >>> list(apart({"layers": {"a": np.zeros((2, 3))}}))
-    [('layers_0', 'a'), ('layers_1', 'a')]
-    """
-    if not isinstance(tree, dict):
-        leaf = np.asarray(tree)
-        if "layers" not in prefix:
-            return {prefix: leaf}
-        at = prefix.index("layers")
-        return {(*prefix[:at], f"layers_{i}", *prefix[at + 1 :]): layer for i, layer in enumerate(leaf)}
-    return {path: leaf for key, value in tree.items() for path, leaf in apart(value, (*prefix, key)).items()}

@@ -17,14 +17,13 @@ import re
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from deptjax.errors import UserError
 from deptjax.interop.adapters import (
     Adapter,
     AdapterConfig,
     Projection,
-    apart,
-    joined,
     projections,
     refuse_others,
     take,
@@ -32,6 +31,7 @@ from deptjax.interop.adapters import (
 from deptjax.interop.array_files import floats
 from deptjax.interop.names import Path, entries
 from deptjax.models.backbone import Backbone
+from deptjax.models.layout import with_layout
 from deptjax.typing import Tree
 
 PREFIX = "base_model.model."
@@ -103,7 +103,7 @@ def read_lora(config: AdapterConfig, tensors: dict[str, np.ndarray], where: str,
     alpha = alpha if plain and alpha else base * rank  # a product of a quotient may miss it by the last bit
     targets = f"^({'|'.join(map(re.escape, sites))})$"
     method = {"method": "lora", "rank": rank, "alpha": alpha, "targets": targets}
-    return Adapter(method, {"backbone": joined(leaves, backbone.config.scan_layers)})
+    return Adapter(method, {"backbone": unflatten_dict(leaves)})
 
 
 def _scaling(config: AdapterConfig, alpha: float, rank: float) -> float:
@@ -130,7 +130,7 @@ def _pattern(config: AdapterConfig, field: str, place: Projection, default: floa
 
 def lora_files(method: dict[str, Any], trainable: Tree, backbone: Backbone) -> tuple[dict[str, Any], Tree]:
     """Returns the fields of the config, and the tensors, of a LORA adapter."""
-    leaves = apart(trainable["backbone"])
+    leaves = flatten_dict(with_layout(trainable["backbone"], scan_layers=False))
     filled: dict[str, list[Projection]] = {}
     for place in projections(backbone.config):
         if (*place.path, _SITE, "lora_a") in leaves:

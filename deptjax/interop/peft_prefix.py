@@ -14,12 +14,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from deptjax.interop.adapters import Adapter, AdapterConfig, apart, joined, refuse_others, take
+from deptjax.interop.adapters import Adapter, AdapterConfig, refuse_others, take
 from deptjax.interop.array_files import floats
 from deptjax.interop.names import Path
 from deptjax.interop.peft_prompts import COMMON, EMBEDDINGS, OFF, prompt_fields
 from deptjax.models.backbone import Backbone
+from deptjax.models.layout import with_layout
 from deptjax.models.rope import rope_angles, rope_frequencies, rotate
 from deptjax.typing import Tree
 
@@ -46,7 +48,7 @@ def read_prefix(config: AdapterConfig, tensors: dict[str, np.ndarray], where: st
         place = (f"layers_{i}", "attention", "site")
         leaves[(*place, "keys")] = _turned(pair[:, 0], -length, backbone)
         leaves[(*place, "values")] = np.ascontiguousarray(pair[:, 1])
-    return Adapter({"method": "prefix_tuning", "prefix_length": length}, {"backbone": joined(leaves, c.scan_layers)})
+    return Adapter({"method": "prefix_tuning", "prefix_length": length}, {"backbone": unflatten_dict(leaves)})
 
 
 def prefix_files(method: dict[str, Any], trainable: Tree, backbone: Backbone) -> tuple[dict[str, Any], Tree]:
@@ -58,7 +60,7 @@ def prefix_files(method: dict[str, Any], trainable: Tree, backbone: Backbone) ->
     if refusal := _refusal(backbone):
         config = AdapterConfig({"peft_type": "PREFIX_TUNING"}, backbone.name)
         config.refuse("peft_type", f"{refusal}; write npz or safetensors")
-    leaves = apart(trainable["backbone"])
+    leaves = flatten_dict(with_layout(trainable["backbone"], scan_layers=False))
     pairs = []
     for i in range(c.num_layers):
         place = (f"layers_{i}", "attention", "site")

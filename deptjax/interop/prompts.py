@@ -92,6 +92,7 @@ def _own(path: Path, backbone: Backbone, task: Task | None) -> Prompt:
     inside(path, CARD), inside(path, OWN_TENSORS)
     prompt = Prompt.load(path)
     prompt.check_backbone(backbone, str(path))
+    prompt = prompt.on(backbone)
     check_parameters(backbone, prompt.method, prompt.trainable, str(path))
     if task is None:
         return prompt
@@ -100,7 +101,7 @@ def _own(path: Path, backbone: Backbone, task: Task | None) -> Prompt:
 
 def _built(path: Path, adapter: Adapter, backbone: Backbone, task: Task | None) -> Prompt:
     try:
-        bare = Prompt.build(adapter.method, adapter.trainable, backbone)
+        bare = Prompt.build(adapter.method, adapter.trainable, backbone).on(backbone)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, KeyError, AttributeError) as error:

@@ -107,7 +107,7 @@ class Tuning:
             return None
         prompt = Prompt.load(self.config.start_from)
         prompt.check_backbone(self.backbone, self.config.start_from)
-        return prompt
+        return prompt.on(self.backbone)
 
     def optimizer(self, trainable: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:
         """Returns the optimiser of a tree like `trainable`; `peaks`, perhaps traced, take the place of `rates`."""

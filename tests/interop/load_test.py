@@ -20,9 +20,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from deptjax.errors import UserError
-from deptjax.interop.load import load_backbone
+from deptjax.interop.load import _is_large, load_backbone
 from deptjax.interop.names import entries
 from deptjax.models.rope import RopeScaling
+from deptjax.models.sizes import SIZES
 from deptjax.models.t5 import T5Config
 from deptjax.testing import random_params, tiny_llama, tiny_t5, tiny_tokenizer
 from tests.goldens.make_goldens import FOLDER
@@ -371,3 +372,16 @@ def _large_model(kind: str, stored: str, folder: Path, **fields: int) -> Path:
     dtype = ml_dtypes.bfloat16 if stored == "bfloat16" else np.float32
     save_file({name: value.astype(dtype) for name, value in golden.weights.items()}, large / "model.safetensors")
     return large
+
+
+def test_layers_are_scanned_by_size_unless_somebody_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder("llama_gqa", tmp_path)
+    assert not load_backbone(folder).config.scan_layers
+    monkeypatch.setattr("deptjax.interop.load.SCANNED_FROM", 1000)
+    assert load_backbone(folder).config.scan_layers
+    assert not load_backbone(folder, scan_layers=False).config.scan_layers
+
+
+@pytest.mark.parametrize(("name", "scanned"), [("smollm2-360m", False), ("t5-3b", True), ("llama2-7b", True)])
+def test_models_of_billions_are_large(name: str, scanned: bool) -> None:
+    assert _is_large(SIZES[name]) == scanned

@@ -174,7 +174,7 @@ def test_stopped_by_signals_in_the_middle(tmp_path: pathlib.Path, family: str, m
     assert go(tmp_path / "unbroken").finished
     done = []
     for batches in (1, 3, 3 * accumulate):
-        run = go(tmp_path / "broken", placement=StopsAfter(Placement.over().mesh, batches))
+        run = go(tmp_path / "broken", placement=StopsAfter(Placement.over().mesh, batches=batches))
         assert not run.finished
         assert run.signal == signal.SIGTERM
         done.append(run.step)
