@@ -38,7 +38,7 @@ def load_backbone(
     name_or_path: str | Path,
     *,
     dtype: str = "float32",
-    scan_layers: bool = False,
+    scan_layers: bool | None = None,
     attention: str = "auto",
     revision: str | None = None,
     dropout_rate: float | None = None,
@@ -74,6 +74,7 @@ def load_backbone(
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     opened = _open(_locate(name_or_path, revision))
+    scan_layers = _is_large(opened.config) if scan_layers is None else scan_layers
     config = _computed(opened.config, dtype, scan_layers, attention, dropout_rate)
     chosen = opened.tokenizer() if tokenizer is None else chosen_tokenizer(tokenizer)
     if len(chosen) > config.vocab_size:

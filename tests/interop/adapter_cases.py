@@ -37,7 +37,7 @@ class Arrays:
     def where(self, name: str) -> str:
         return "memory"
 
-    def blocks(self, name: str) -> Any:
+    def blocks(self, name: str, wanted: tuple[int, int] | None = None) -> Any:
         yield 0, self.arrays[name]
 
 
