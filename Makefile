@@ -2,6 +2,7 @@
 # outside is touched.
 #
 # PYTHON         the interpreter a new .venv is made of, 3.11 or later:      make test PYTHON=python3.12
+# EXTRA          what the tests install: dev, or tests (all but torch and the linters):  make test VENV=.venv-3.12 EXTRA=tests
 # PYTEST_ARGS    replaces the arguments of pytest (two workers, a file each):  make test PYTEST_ARGS="tests/methods -x"
 # STEPS COMPARE  of the quickstart:                                          make quickstart STEPS=320 COMPARE=1
 # Another package index, for instance one with CPU builds of torch, is given in pip's own way: set
@@ -18,6 +19,7 @@ BIN := $(VENV)/bin
 STEPS ?= 240
 COMPARE ?=
 QUICKSTART_ARGS ?=
+EXTRA ?= dev
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
@@ -36,7 +38,7 @@ help: ## list the targets
 quickstart: $(VENV)/.stamp-base ## tune a small real model on the CPU (STEPS=320, COMPARE=1 for other methods beside it)
 	$(BIN)/python -m deptjax.quickstart --steps $(STEPS) $(if $(COMPARE),--compare) $(QUICKSTART_ARGS)
 
-test: $(VENV)/.stamp-dev ## run all tests and doctests
+test: $(VENV)/.stamp-$(EXTRA) ## run all tests and doctests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-seqio: .venv-seqio/.stamp-tests ## run the tests that need seqio and TensorFlow, in a venv of its own (3 GB)
@@ -63,7 +65,7 @@ clean: ## remove caches and build leftovers
 	find deptjax tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the virtual environments
-	rm -rf $(VENV) .venv-bench .venv-seqio
+	rm -rf $(VENV) .venv-bench .venv-seqio .venv-newest
 
 # A .venv that is there is used as it is; asking for another interpreter than its own is a mistake, not a rebuild.
 .PHONY: same-python

@@ -26,11 +26,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script
     sys.path[0] = str(ROOT)
 
-from benchmarks import cases, report  # noqa: E402
+from benchmarks import cases, collectives, report  # noqa: E402
 from benchmarks.worker import WorkerError, built  # noqa: E402
 from deptjax.errors import UserError, nearest  # noqa: E402
 
 Record = dict[str, Any]
+COLLECTIVES = "collectives"  # the section that is compiled and counted, and not timed
+SECTIONS = (*cases.SECTIONS, COLLECTIVES)
 DEFAULT_OUTPUT = ROOT / "benchmarks" / "results.json"
 
 
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options of a command line."""
     parser = argparse.ArgumentParser("compare.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sections", default=",".join(cases.SECTIONS), help="some of: %(default)s")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="only contests whose name holds TEXT, as 't5-small'")
     parser.add_argument(
         "--steps", type=int, help="timed steps of each side in train, short and shared (default 5 to 9)"
@@ -106,9 +108,9 @@ def measure(options: argparse.Namespace) -> tuple[Record, list[str]]:
     """Runs the contests that are asked for. Returns all results, and what went wrong in contests that failed."""
     sections = tuple(options.sections.split(","))
     for section in sections:
-        if section not in cases.SECTIONS:
-            known = ", ".join(cases.SECTIONS)
-            raise UserError(f"--sections: '{section}' is not one of {known}.{nearest(section, cases.SECTIONS)}")
+        if section not in SECTIONS:
+            known = ", ".join(SECTIONS)
+            raise UserError(f"--sections: '{section}' is not one of {known}.{nearest(section, SECTIONS)}")
     for name in ("steps", "threads"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
@@ -117,7 +119,8 @@ def measure(options: argparse.Namespace) -> tuple[Record, list[str]]:
     todo = cases.contests(sections, quick=options.quick, steps=options.steps)
     todo = [cases.with_scan(contest) for contest in todo] if options.scan else todo
     todo = [contest for contest in todo if options.only in contest.key]
-    if not todo:
+    counted = COLLECTIVES in sections and not options.only
+    if not todo and not counted:
         raise UserError(f"--only: no contest of {', '.join(sections)} has '{options.only}' in its name")
     settings = {"quick": options.quick, "threads": options.threads, "scan": options.scan}
     results: Record = {"format": report.FORMAT, "settings": settings, "machine": machine(), "versions": {}}
@@ -132,6 +135,13 @@ def measure(options: argparse.Namespace) -> tuple[Record, list[str]]:
         say(f"kept from {options.output}: {len(kept)} of {len(todo)} contests")
     todo = [contest for contest in todo if contest.key not in kept]
     failed = []
+    if counted and not results.get(COLLECTIVES):
+        say("compiling steps for eight devices, to count their collectives")
+        try:
+            results[COLLECTIVES] = collectives.measure()
+            save(options.output, results)
+        except RuntimeError as error:
+            failed.append(str(error))
     clock = Clock(todo)
     for number, contest in enumerate(todo, 1):
         head = f"[{number}/{len(todo)}] {contest.key}"

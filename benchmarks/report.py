@@ -7,6 +7,7 @@ import pathlib
 import statistics
 from typing import Any
 
+from benchmarks import collectives
 from benchmarks.cases import TITLES
 from deptjax.errors import UserError
 
@@ -125,7 +126,9 @@ def markdown(results: Record) -> str:
         lines = _bucket_lines(measured) if section == "buckets" else _step_lines(measured)
         errors = [f"Not measured: {c['title']} ({c['error']})." for c in contests if "error" in c]
         parts += [f"### {head}", *(["\n".join(lines)] if measured else []), *errors]
-    if not results["settings"]["quick"]:
+    if results.get("collectives"):
+        parts += ["### Collectives on eight virtual devices", collectives.markdown(results["collectives"])]
+    if not results["settings"]["quick"] and results["contests"]:
         parts += ["### Aims", "\n".join(map(_aim_line, aims(results)))]
     return "\n\n".join(parts)
 

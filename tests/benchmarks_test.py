@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cases, population, report
+from benchmarks import cases, collectives, population, report
 from deptjax.errors import UserError
 from deptjax.methods import rank_for_budget
 
@@ -224,3 +224,20 @@ def test_the_table_of_populations_is_of_the_stored_run() -> None:
 def test_a_population_is_compared_with_at_least_three_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert population.main(["--steps", "2"]) == 2
     assert capsys.readouterr().err == "population: error: --steps is 2; it must be at least 3\n"
+
+
+def test_devices_send_each_other_what_is_expected_and_no_more(tmp_path: pathlib.Path) -> None:
+    """Compiled for eight devices: all-gathers of weights only where they are split, sums of activations likewise."""
+    output = tmp_path / "results.json"
+    run = compare("--sections", "collectives", "--output", str(output))
+    assert run.returncode == 0, run.stderr
+    records = json.loads(output.read_text())["collectives"]
+    assert len(records) == 2 * 3 * 3
+    for record in records:
+        assert not collectives.excess(record), (record["model"], record["method"], record["mesh"])
+        # What is expected is near what is there, and not a bound that holds whatever is sent.
+        largest = max(record["expected"], key=record["expected"].__getitem__)
+        assert record["bytes"][largest] > 0.8 * record["expected"][largest], record
+    assert run.stdout.count("| yes |") == len(records)
+    more = {**records[0], "bytes": {**records[0]["bytes"], "all-gather": 1e6}}
+    assert collectives.excess(more) == ["all-gather of 1,000 kB, expected 0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator
@@ -30,8 +31,32 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # (D,) + (B, T, D) must be written as [None, None, :]: a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+ORACLES = ("torch", "peft")  # not among the extra `tests`; `dev` has them
+if importlib.util.find_spec("torch") is None:
+    _TESTS = pathlib.Path(__file__).parent
+    collect_ignore = [str(file) for file in _TESTS.rglob("*_test.py") if "\nimport torch\n" in file.read_text()]
+
 _STATUS = pathlib.Path("/proc/self/status")
 _MUCH_MIB = 3072
+
+
+def _oracle_or_skip() -> Iterator[None]:
+    """Skips what imports an oracle that is not installed, as for a Python that has no CPU build of torch."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if error.name in ORACLES and importlib.util.find_spec(error.name) is None:
+            pytest.skip(f"{error.name}, which this test compares with, is not installed")
+        raise
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_oracle_or_skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """As for the setup of a test, where fixtures import."""
+    return (yield from _oracle_or_skip())
 
 
 @pytest.fixture(scope="module", autouse=True)
