@@ -29,6 +29,7 @@ CORE = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.20",
     "grain>=0.2.10",
+    "qwix>=0.1.8",  # quantised kernels; it needs jax, flax and numpy alone
     "jaxtyping>=0.3.0",
     "ml_dtypes>=0.5.0",
     "numpy>=2.0",

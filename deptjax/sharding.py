@@ -158,7 +158,9 @@ class Placement:
 
         Raises `UserError` for a parameter that `PARAMETERS` does not cover.
         """
-        return jax.tree_util.tree_map_with_path(lambda path, a: self._fitting(backbone_axes(_names(path)), a), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, a: self.fitting(backbone_axes(_names(path)), a.shape), params
+        )
 
     def of_trainable(self, tree: Tree, axes: Mapping[str, Axes], members: bool = False) -> Tree:
         """Returns the sharding of each leaf of `trainable`, or of a tree that holds copies of it: a training state.
@@ -170,7 +172,7 @@ class Placement:
         """
 
         def of_leaf(path: Any, leaf: Any) -> NamedSharding:
-            return self._fitting(trainable_axes(_names(path), leaf.ndim, axes, members), leaf)
+            return self.fitting(trainable_axes(_names(path), leaf.ndim, axes, members), leaf.shape)
 
         return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
@@ -223,11 +225,11 @@ class Placement:
     def _mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         return dict(self.rules).get(axis, ()) if axis else ()
 
-    def _fitting(self, axes: Axes, leaf: Any) -> NamedSharding:
-        """Returns the sharding of a leaf; an axis that does not divide, such as that of few scales, is whole."""
+    def fitting(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+        """Returns the sharding of an array; an axis that does not divide, such as that of few scales, is whole."""
         kept = [
             axis if size % math.prod(self.mesh.shape[name] for name in self._mesh_axes(axis)) == 0 else None
-            for axis, size in zip(axes, leaf.shape, strict=True)
+            for axis, size in zip(axes, shape, strict=True)
         ]
         return self.sharding(*kept)
 

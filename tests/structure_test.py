@@ -25,6 +25,7 @@ ORDER = {
     "typing": 0,
     "errors": 0,
     "version": 0,
+    "quantization": 0,
     "methods": 1,
     "models": 1,
     "models.prompted": 2,

@@ -29,6 +29,12 @@ MODEL_FIELDS = {
         ),
         Field("dtype", ("str",), None, "of weights and computation: float32 (default) or bfloat16"),
         Field(
+            "quantize",
+            ("str", "None"),
+            None,
+            "the frozen weights in int8, int4 or nf4 (default not at all); the method's stay float32",
+        ),
+        Field(
             "scan_layers",
             ("bool", "None"),
             None,

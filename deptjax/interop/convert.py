@@ -8,8 +8,9 @@ leaf that its own devices hold, and never has the whole.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -18,6 +19,7 @@ import numpy as np
 from deptjax.errors import UserError, nearest
 from deptjax.interop.names import HARMLESS_TENSORS, Entry, Path, entries
 from deptjax.interop.safetensors import TensorSource
+from deptjax.quantization import quantize_host, scheme_of
 from deptjax.sharding import Placement, backbone_axes
 from deptjax.typing import Tree
 
@@ -68,24 +70,33 @@ class Sharded:
 
         held = self._devices(path, shape).values()
         shards = [jax.device_put(part, device) for part, devices in zip(parts, held, strict=True) for device in devices]
-        return jax.make_array_from_single_device_arrays(shape, self._sharding(path), shards)
+        return jax.make_array_from_single_device_arrays(shape, self._sharding(path, shape), shards)
 
-    def _sharding(self, path: Path) -> Any:
-        return self._placement.sharding(*backbone_axes(path))
+    def _sharding(self, path: Path, shape: tuple[int, ...]) -> Any:
+        return self._placement.fitting(backbone_axes(path), shape)
 
     def _devices(self, path: Path, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Any]]:
         """Returns the devices of this host that hold each part, which is a start and an end on every axis."""
         held: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-        for device, index in self._sharding(path).addressable_devices_indices_map(shape).items():
+        for device, index in self._sharding(path, shape).addressable_devices_indices_map(shape).items():
             ends = (part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
             held.setdefault(tuple(ends), []).append(device)
         return held
 
 
-def fill_tree(config: Any, source: TensorSource, *, scan_layers: bool, dtype: str, place: Place | None = None) -> Tree:
+def fill_tree(
+    config: Any,
+    source: TensorSource,
+    *,
+    scan_layers: bool,
+    dtype: str,
+    quantize: str | None = None,
+    place: Place | None = None,
+) -> Tree:
     """Returns the parameter tree that `config` describes, filled from `source`.
 
-    `place` is where the leaves go; by default they are jax arrays on the default device.
+    `place` is where the leaves go; by default they are jax arrays on the default device. With `quantize` each kernel is
+    read whole, a layer at a time and in float32, and quantised before its parts are placed.
 
     Raises `UserError` for a tensor that is missing, unexpected or has another shape, before anything is read, and for
     two stored copies of a tied tensor that differ.
@@ -96,16 +107,61 @@ def fill_tree(config: Any, source: TensorSource, *, scan_layers: bool, dtype: st
     place = place or DefaultDevice()
     tree: Tree = {}
     for path, group in leaves_of(wanted, scan_layers).items():
-        shape = (len(group), *group[0].leaf_shape) if is_stacked(path) else group[0].leaf_shape
-        indices = place.parts(path, shape)
-        parts = [empty_aligned(tuple(part.stop - part.start for part in index), DTYPES[dtype]) for index in indices]
-        for i, entry in enumerate(group):
-            pieces = list(zip(indices, parts, strict=True))
-            if is_stacked(path):
-                pieces = [(k[1:], part[i - k[0].start]) for k, part in pieces if k[0].start <= i < k[0].stop]
-            _fill(entry, source, pieces)
-        put(tree, path, place.leaf(path, shape, parts))
+        stack = len(group) if is_stacked(path) else None
+        scheme = scheme_of(path, quantize)
+        if scheme is not None:
+            kernels = (_whole(entry, source) for entry in group)
+            put(tree, path, quantized_leaf(path, kernels, stack, scheme, place))
+            continue
+        leaf = Parts(place, path, group[0].leaf_shape, stack, DTYPES[dtype])
+        for layer, entry in enumerate(group):
+            _fill(entry, source, leaf.of_layer(layer))
+        put(tree, path, leaf.placed())
     return tree
+
+
+class Parts:
+    """The parts of a leaf that this host needs: allocated, to be filled a layer at a time, then placed."""
+
+    def __init__(self, place: Place, path: Path, shape: tuple[int, ...], stack: int | None, dtype: np.dtype) -> None:
+        self._place, self._path, self._stacked = place, path, stack is not None
+        self._shape = shape if stack is None else (stack, *shape)
+        self._indices = place.parts(path, self._shape)
+        self._arrays = [empty_aligned(tuple(s.stop - s.start for s in index), dtype) for index in self._indices]
+
+    def of_layer(self, layer: int) -> list[tuple[Index, np.ndarray]]:
+        """Returns the parts of a layer, each with its place in the layer's own array."""
+        parts = zip(self._indices, self._arrays, strict=True)
+        if not self._stacked:
+            return list(parts)
+        return [(k[1:], part[layer - k[0].start]) for k, part in parts if k[0].start <= layer < k[0].stop]
+
+    def placed(self) -> Any:
+        """Returns what the tree holds."""
+        return self._place.leaf(self._path, self._shape, self._arrays)
+
+
+def quantized_leaf(path: Path, kernels: Iterable[np.ndarray], stack: int | None, scheme: str, place: Place) -> Any:
+    """Returns the node of a kernel, or of a `stack` of layers, given float32 kernels (I, O), taken one by one.
+
+    A scale belongs to a whole column or tile, so each host quantises whole kernels, and keeps its parts of them.
+    """
+    leaves: dict[str, Parts] = {}
+    for layer, kernel in enumerate(kernels):
+        node = quantize_host(kernel, scheme)
+        for name, values in (("qvalue", node.qvalue), ("scale", node.scale)):
+            if name not in leaves:
+                leaves[name] = Parts(place, (*path, name), values.shape, stack, values.dtype)
+            for index, out in leaves[name].of_layer(layer):
+                out[...] = values[index]
+    return dataclasses.replace(node, **{name: leaf.placed() for name, leaf in leaves.items()})
+
+
+def _whole(entry: Entry, source: TensorSource) -> np.ndarray:
+    """Returns an entry's leaf in float32."""
+    leaf = np.empty(entry.leaf_shape, np.float32)
+    _fill(entry, source, [(tuple(slice(0, size) for size in leaf.shape), leaf)])
+    return leaf
 
 
 def put(tree: Tree, path: Path, leaf: Any) -> None:

@@ -23,7 +23,8 @@ from deptjax.interop.t5x_store import BUCKET, T5XStore, is_t5x
 from deptjax.interop.tokenizers import TOKENIZER_FILES, chosen_tokenizer, load_tokenizer, tokenizer_from_gguf
 from deptjax.models.backbone import Backbone
 from deptjax.models.fused_attention import check_name, check_runs_here
-from deptjax.models.sizes import parameter_count
+from deptjax.models.sizes import weight_bytes
+from deptjax.quantization import check_scheme
 from deptjax.sharding import Placement
 from deptjax.typing import Tree
 
@@ -38,6 +39,7 @@ def load_backbone(
     name_or_path: str | Path,
     *,
     dtype: str = "float32",
+    quantize: str | None = None,
     scan_layers: bool | None = None,
     attention: str = "auto",
     revision: str | None = None,
@@ -52,6 +54,8 @@ def load_backbone(
       name_or_path: a folder with config.json and safetensors, a `.gguf` file, a T5X checkpoint (`.../checkpoint_N`,
         local or `gs://bucket/...`), `packaged:smollm2-135m-instruct`, or the name of a model on the Hugging Face hub.
       dtype: of the parameters and of the computation, `float32` or `bfloat16`.
+      quantize: `int8`, `int4` or `nf4` keeps the kernels of projections in so many bits; the computation stays in
+        `dtype`. They are quantised one by one, from float32, as they are read (`deptjax.quantization`).
       scan_layers: stack the layers on a leading axis and compile one of them instead of all; by default from a billion
         parameters on. A prompt that was tuned in one layout is used in the other.
       attention: how it is computed: `xla`, by a kernel (`cudnn` on NVIDIA GPUs, `flash` on TPUs), or `auto`, which
@@ -73,9 +77,17 @@ def load_backbone(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
+    check_scheme(quantize)
     opened = _open(_locate(name_or_path, revision))
     scan_layers = _is_large(opened.config) if scan_layers is None else scan_layers
-    config = _computed(opened.config, dtype, scan_layers, attention, dropout_rate)
+    config = _computed(
+        opened.config,
+        dropout_rate,
+        dtype=dtype,
+        quantize=quantize,
+        scan_layers=scan_layers,
+        attention=attention,
+    )
     chosen = opened.tokenizer() if tokenizer is None else chosen_tokenizer(tokenizer)
     if len(chosen) > config.vocab_size:
         raise UserError(
@@ -84,7 +96,7 @@ def load_backbone(
         )
     placement = _placement(config, mesh, sharding_rules)
     place = None if placement.mesh.size == 1 else Sharded(placement)
-    params = opened.fill(config, scan_layers=scan_layers, dtype=dtype, place=place)
+    params = opened.fill(config, scan_layers=scan_layers, dtype=dtype, quantize=quantize, place=place)
     return Backbone(str(name_or_path), config, params, chosen, placement)
 
 
@@ -95,8 +107,7 @@ def _is_large(config: Any) -> bool:
 
 def _placement(config: Any, mesh: Any, rules: Any) -> Placement:
     """Returns where the model lies; its size is only counted where there is a choice."""
-    several = jax.device_count() > 1
-    weights = parameter_count(config) * DTYPES[config.dtype].itemsize if several and mesh == "auto" else None
+    weights = weight_bytes(config) if jax.device_count() > 1 and mesh == "auto" else None
     return Placement.over(mesh=mesh, rules=rules, config=config, weight_bytes=weights)
 
 
@@ -159,11 +170,10 @@ def _locate(name_or_path: str | Path, revision: str | None) -> str | Path:
     return path
 
 
-def _computed(config: Any, dtype: str, scan_layers: bool, attention: str, dropout_rate: float | None) -> Any:
+def _computed(config: Any, dropout_rate: float | None, **changes: Any) -> Any:
     """Returns the config with what the caller chose about how it is computed."""
-    check_name(config.family, attention)
-    check_runs_here(attention, dtype, config.head_dim)
-    changes: dict[str, Any] = {"dtype": dtype, "scan_layers": scan_layers, "attention": attention}
+    check_name(config.family, changes["attention"])
+    check_runs_here(changes["attention"], changes["dtype"], config.head_dim)
     if dropout_rate is not None:
         if not 0 <= dropout_rate < 1:
             raise UserError(f"dropout_rate is {dropout_rate}, expected a number from 0 up to, not including, 1")

@@ -20,12 +20,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deptjax.errors import UserError, nearest
-from deptjax.interop.convert import DTYPES, DefaultDevice, Place, empty_aligned, is_stacked, leaves_of, put
+from deptjax.interop.convert import (
+    DTYPES,
+    DefaultDevice,
+    Place,
+    empty_aligned,
+    is_stacked,
+    leaves_of,
+    put,
+    quantized_leaf,
+)
 from deptjax.interop.huggingface import config_from_dict
 from deptjax.interop.names import Entry, Path, t5_entries
 from deptjax.interop.t5x_gin import mlp_settings, t5_settings
 from deptjax.interop.t5x_store import FILE, T5XStore, dotted
 from deptjax.models.t5 import T5Config
+from deptjax.quantization import scheme_of
 from deptjax.typing import Tree
 
 _LAYER = re.compile(r"layers_(\d+)")
@@ -131,16 +141,24 @@ class _Part(NamedTuple):
     targets: list[int]
 
 
-def fill_t5x(config: T5Config, store: T5XStore, *, scan_layers: bool, dtype: str, place: Place | None = None) -> Tree:
+def fill_t5x(
+    config: T5Config,
+    store: T5XStore,
+    *,
+    scan_layers: bool,
+    dtype: str,
+    quantize: str | None = None,
+    place: Place | None = None,
+) -> Tree:
     """Returns the parameter tree that `config` describes, filled from a T5X checkpoint.
 
     Each stored array is read once, a few of its chunks at a time, straight into its leaves. So the peak of memory is
     the tree and a few megabytes, or a few times the largest stored chunk where that is more: a chunk cannot be
     decompressed in part (T5X's own are 64 MiB at most). What stands in the msgpack file itself is in memory beside it.
 
-    `place` is as in `fill_tree`; a leaf is read whole before it is split. Raises `UserError` for a parameter that is
-    missing, unexpected or has another shape, before anything large is read, and for layers with different position
-    biases.
+    `place` and `quantize` are as in `fill_tree`; a leaf is read whole before it is split, and what is quantised in
+    float32, the layers of a kind together. Raises `UserError` for a parameter that is missing, unexpected or has
+    another shape, before anything large is read, and for layers with different position biases.
     """
     place = place or DefaultDevice()
     counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
@@ -150,17 +168,22 @@ def fill_t5x(config: T5Config, store: T5XStore, *, scan_layers: bool, dtype: str
     _check(store, parts)
     tree: Tree = {}
     for kind, group in groups.items():
-        shape = _shape_in_tree(group[0])
+        shape, scheme = _shape_in_tree(group[0]), scheme_of(kind, quantize)
+        leaf_dtype = DTYPES[dtype if scheme is None else "float32"]
         if scan_layers and is_stacked(kind):
-            leaves = {kind: empty_aligned((len(group), *shape), DTYPES[dtype])}
+            leaves = {kind: empty_aligned((len(group), *shape), leaf_dtype)}
             targets = list(leaves[kind])
         else:
-            leaves = {entry.path: empty_aligned(shape, DTYPES[dtype]) for entry in group}
+            leaves = {entry.path: empty_aligned(shape, leaf_dtype) for entry in group}
             targets = list(leaves.values())
         for part in parts[kind]:
             _read(store, part, targets)
         for path, leaf in leaves.items():
-            put(tree, path, place.leaf(path, leaf.shape, [leaf[index] for index in place.parts(path, leaf.shape)]))
+            if scheme is not None:
+                stack = len(leaf) if is_stacked(path) else None
+                put(tree, path, quantized_leaf(path, [leaf] if stack is None else leaf, stack, scheme, place))
+            else:
+                put(tree, path, place.leaf(path, leaf.shape, [leaf[index] for index in place.parts(path, leaf.shape)]))
     return tree
 
 

@@ -16,6 +16,7 @@ from deptjax.interop.names import Path as TreePath
 from deptjax.interop.t5x_gin import ACTIVATIONS
 from deptjax.interop.t5x_store import FILE, dotted, reason
 from deptjax.models.backbone import Backbone
+from deptjax.quantization import any_quantized
 from deptjax.typing import Tree
 
 VERSION = 3
@@ -73,6 +74,10 @@ def _gin_file(backbone: Backbone) -> str:
     if config.family != "t5":
         raise UserError(f"{backbone.name}: T5X checkpoints are of T5, but this is a {config.family} model; save a T5")
     fixed = {"norm_eps": 1e-6, "relative_max_distance": 128, "decoder_start_token": 0}
+    if any_quantized(backbone.params):
+        raise UserError(
+            f"{backbone.name}: T5X has no quantised checkpoints; load the model without quantize and save that"
+        )
     for field, value in fixed.items():
         if getattr(config, field) != value:
             raise UserError(f"{backbone.name}: {field} is {getattr(config, field)}, but T5X's T5 has {value} always")

@@ -13,11 +13,12 @@ import ml_dtypes
 import numpy as np
 
 from deptjax.methods.base import Sites, Vocabulary
+from deptjax.quantization import quantize_tree, tree_bytes
 from deptjax.sharding import Placement, to_host
 from deptjax.typing import Array, Tree
 
 # Fields of a config that change how the function is computed or trained, not which function it is.
-_NOT_FUNCTION = ("dtype", "scan_layers", "remat", "dropout_rate", "attention")
+_NOT_FUNCTION = ("dtype", "quantize", "scan_layers", "remat", "dropout_rate", "attention")
 _ROWS = 4096  # rows of the embedding table looked at together
 
 
@@ -54,13 +55,28 @@ class Backbone:
         """Returns what an initialiser may look at: the table, the tokenizer and the task's labels."""
         return Vocabulary(self.embedding, self.tokenizer, labels)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the parameters take on a device, all shards together."""
+        return tree_bytes(self.params)
+
+    def quantized(self, scheme: str) -> Backbone:
+        """Returns the backbone with its kernels quantised: `int8`, `int4` or `nf4` (`deptjax.quantization`).
+
+        `load_backbone(..., quantize=scheme)` gives the same of a float32 load and never has the whole float tree in
+        memory. Raises `UserError` for an unknown scheme, and for a backbone that is quantised already.
+        """
+        config = dataclasses.replace(self.config, quantize=scheme)
+        return dataclasses.replace(self, config=config, params=quantize_tree(self.params, scheme))
+
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What tells one backbone from another: a flat dict of plain values, ready for JSON.
 
-        Holds the config's fields that define the function (not its dtype, the layout of its layers, what they keep for
-        a gradient, or dropout), and under `"embedding"` the first 16 hex digits of the SHA-256 of the embedding table
-        rounded to bfloat16: so a float32 and a bfloat16 load of the same weights have the same fingerprint.
+        Holds the config's fields that define the function (not its dtype, quantisation, the layout of its layers, what
+        they keep for a gradient, or dropout), and under `"embedding"` the first 16 hex digits of the SHA-256 of the
+        embedding table rounded to bfloat16: so a float32 and a bfloat16 load of the same weights have the same
+        fingerprint.
         """
         digest = hashlib.sha256()
         for rows in self._embedding_rows():

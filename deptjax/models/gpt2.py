@@ -33,8 +33,9 @@ from deptjax.typing import Array, Float, Int
 class GPT2Config:
     """The shape of a GPT-2-family model.
 
-    `dtype` is that of the computation, `attention` one of `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the
-    layers; `remat` says what they keep for a gradient (`deptjax.models.remat`).
+    `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
+    `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
+    (`deptjax.models.remat`).
 
     `dropout_rate` is that of the embedded text, of the attention weights and of the result of each sub-layer.
     """
@@ -57,6 +58,7 @@ class GPT2Config:
     remat: str = "none"
     dtype: str = "float32"
     attention: str = "auto"
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.family, self.attention)

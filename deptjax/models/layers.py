@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites
 from deptjax.models.attention import KV, Segment, heads_in_front
+from deptjax.quantization import with_kernel
 from deptjax.typing import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,6 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 class Linear(nn.Module):
     """A projection, `x @ kernel` or `x @ kernel + bias`, and its `linear` site.
+
+    The kernel in the tree may be a quantised one (`deptjax.quantization`): a node of arrays, the first of which has the
+    kernel's shape, which is all that Linen looks at.
 
     Attributes:
       features: O, width of the result.
@@ -38,7 +42,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        y = with_kernel(jnp.matmul, x, kernel)
         if self.bias:
             y = y + _wide(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         if self.sites.linear is None:
@@ -110,7 +114,11 @@ class Head(nn.Module):
         """Returns float32 logits (..., V), or (..., C) for the C columns `vocab_ids`."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (states.shape[-1], self.vocab_size))
         kernel = kernel if vocab_ids is None else kernel[:, vocab_ids]
-        return jnp.einsum("...d,dv->...v", states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
+
+        def product(states: Array, kernel: Array) -> Array:
+            return jnp.einsum("...d,dv->...v", states, kernel, preferred_element_type=jnp.float32)
+
+        return with_kernel(product, states, kernel)
 
 
 def extra_segments(sites: Sites, path: str, num_heads: int, head_dim: int, dtype: jnp.dtype) -> list[Segment]:

@@ -26,8 +26,9 @@ from deptjax.typing import Array
 class LlamaConfig:
     """The shape of a LLaMA-family model.
 
-    `dtype` is that of the computation, `attention` one of `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the
-    layers; `remat` says what they keep for a gradient (`deptjax.models.remat`).
+    `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
+    `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
+    (`deptjax.models.remat`).
     """
 
     family: ClassVar[str] = "llama"
@@ -50,6 +51,7 @@ class LlamaConfig:
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    quantize: str | None = None
     attention: str = "auto"
 
     def __post_init__(self) -> None:

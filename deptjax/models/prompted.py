@@ -24,6 +24,7 @@ from flax import traverse_util
 from deptjax.errors import UserError
 from deptjax.methods.base import SITE, Method, Vocabulary
 from deptjax.models.backbone import Backbone
+from deptjax.quantization import any_quantized
 from deptjax.typing import Array, Bool, Float, Int, Key, Tokens, Tree
 
 
@@ -135,6 +136,11 @@ class PromptedModel:
         """
         input_key, inner_key, start_key = jax.random.split(key, 3)
         if self.method.tunes_backbone:
+            if any_quantized(frozen):
+                raise UserError(
+                    f"method '{self.method.kind}' trains every weight, which quantised ones are not for; leave out"
+                    " quantize (--quantize), or take a method that trains beside the weights"
+                )
             # In float32 whatever the backbone computes in: small updates of bfloat16 weights round to nothing.
             return {"backbone": jax.tree.map(lambda a: a.astype(jnp.float32), frozen)}, {}
         trainable = self._parameters(input_key, inner_key, vocabulary.embedding.shape[1])

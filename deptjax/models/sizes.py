@@ -25,6 +25,7 @@ import jax
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.llama import LlamaConfig
 from deptjax.models.t5 import T5Config
+from deptjax.quantization import quantize_tree, tree_bytes
 from deptjax.typing import Array, Tree
 
 Config = T5Config | LlamaConfig | GPT2Config
@@ -105,6 +106,19 @@ def parameter_count(config: Config) -> int:
     124439808
     """
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
+
+
+def weight_bytes(config: Config) -> int:
+    """Returns the bytes of the weights of a config's model, in its dtype and quantised as it says.
+
+    >>> weight_bytes(dataclasses.replace(SIZES["gpt2"], dtype="bfloat16"))
+    248879616
+    """
+    stored = jax.numpy.dtype(config.dtype)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored), parameter_shapes(config))
+    if config.quantize is not None:
+        shapes = jax.eval_shape(functools.partial(quantize_tree, scheme=config.quantize), shapes)
+    return tree_bytes(shapes)
 
 
 @functools.lru_cache(maxsize=16)

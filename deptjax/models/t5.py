@@ -36,8 +36,9 @@ from deptjax.typing import Array, Bool, Float, Int
 class T5Config:
     """The shape of a T5-family model.
 
-    `dtype` is that of the computation, `attention` one of `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the
-    layers; `remat` says what they keep for a gradient (`deptjax.models.remat`).
+    `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
+    `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
+    (`deptjax.models.remat`).
 
     The defaults are those of T5 1.0. T5 1.1 and its descendants have `activation="gelu_new"`, `gated=True` and
     `tied=False`.
@@ -66,6 +67,7 @@ class T5Config:
     remat: str = "none"
     dtype: str = "float32"
     attention: str = "auto"
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.family, self.attention)

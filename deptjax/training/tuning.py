@@ -199,6 +199,7 @@ class Tuning:
                 "name": self.backbone.name,
                 **self.backbone.fingerprint,
                 "dtype": self.backbone.config.dtype,
+                **({} if (scheme := self.backbone.config.quantize) is None else {"quantize": scheme}),
             },
             "method": method_to_config(self.model.method),
             "task": self.task.to_config(),
