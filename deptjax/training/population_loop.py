@@ -19,6 +19,7 @@ from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.errors import UserError
 from deptjax.inference.evaluator import Evaluator
 from deptjax.sharding import Placement
+from deptjax.training.ahead import Ahead
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder
 from deptjax.training.loop import QUIET_SECONDS, due, make_bar
@@ -119,22 +120,27 @@ class PopulationLoop:
         for folder in self.folders:
             folder.open_logs(done)
         seconds: list[float] = []
+        ahead = Ahead(_StackedBatches(self.streams, self.stream_of, progress), self._put)
         try:
             with StopSignals() as signals, make_bar(self.config.steps, done, self.bar) as bar:
                 spoke = time.perf_counter()
                 traits = self._traits(progress)
-                while done < config.steps and (alive := self._alive(progress)) and signals.received is None:
+                pending: tuple[int, list[Any]] | None = None
+                while done < config.steps and self._alive(progress) and (signals.received is None or ahead.ready):
                     began = time.perf_counter()
-                    states, metrics = self._step(states, progress, traits)
+                    states, traits, metrics = self._step(states, traits, ahead)
                     done += 1
-                    seconds.append((time.perf_counter() - began) / alive)
-                    bar.update()
-                    if self._take(metrics, done, progress):
-                        traits = self._traits(progress)
-                        self.report(progress)
-                    self._log(done, metrics, progress)
-                    spoke = self._speak(bar, done, progress, spoke)
+                    self._settle(pending, progress, bar)
+                    pending = (done, metrics)
                     evaluate = due(done, config.eval_every) or done == config.steps or done in self.rungs
+                    # Behind a cut the stack is smaller, and so are its batches.
+                    if done < config.steps and signals.received is None and done not in self.rungs:
+                        ahead.fetch()
+                    if evaluate or due(done, config.checkpoint_every):
+                        self._settle(pending, progress, bar)
+                        pending = None
+                    seconds.append((time.perf_counter() - began) / max(self._alive(progress), 1))
+                    spoke = self._speak(bar, done, progress, spoke)
                     if evaluate and any(self.evaluators):
                         self._evaluate(states, done, progress, bar)
                         if done in self.rungs and self._alive(progress):
@@ -142,11 +148,12 @@ class PopulationLoop:
                             traits = self._traits(progress)
                         self.report(progress)
                     if due(done, config.checkpoint_every):
-                        self._checkpoint(states, progress)
+                        self._checkpoint(states, progress, ahead)
+                self._settle(pending, progress, bar)
             finished = done == config.steps or not self._alive(progress)
             if finished:
                 self._finish(states, progress)
-            self._checkpoint(states, progress)
+            self._checkpoint(states, progress, ahead)
             self.checkpoints.wait()
         finally:
             for folder in self.folders:
@@ -155,16 +162,30 @@ class PopulationLoop:
         median = statistics.median(seconds) if seconds else None
         return PopulationOutcome(progress, finished, done, stopped_by, median)
 
-    def _step(self, states: TrainState, progress: PopulationProgress, traits: Traits) -> tuple[TrainState, list[Any]]:
-        """Returns the states after one update, and the metrics of each of its batches, arrays of (K,)."""
+    def _put(self, batch: Batch) -> dict[str, jax.Array]:
+        return self.placement.put_batch(batch, axis=1)
+
+    def _step(self, states: TrainState, traits: Traits, ahead: Ahead) -> tuple[TrainState, Traits, list[Any]]:
+        """Gives a step to the devices; returns its states, the traits of the next, and the metrics of each batch.
+
+        A member that was not finite is not alive in the next step, though nobody has read its metrics yet.
+        """
         metrics = []
         for _ in range(self.config.accumulate):
-            wanted = {self.stream_of[member] for member in progress.slots}
-            drawn = {stream: next(self.streams[stream]) for stream in sorted(wanted)}
-            batch = stack_batches([drawn[self.stream_of[member]] for member in progress.slots])
-            states, found = self.step_fn(states, self.frozen, self.placement.put_batch(batch, axis=1), traits)
+            states, found = self.step_fn(states, self.frozen, ahead.take(), traits)
+            traits = traits._replace(alive=found["finite"])
             metrics.append(found)
-        return states, jax.device_get(metrics)
+        return states, traits, metrics
+
+    def _settle(self, sent: tuple[int, list[Any]] | None, progress: PopulationProgress, bar: tqdm) -> None:
+        """Reads the metrics of a step, (K,) each, waiting for it, and reports them."""
+        if sent is None:
+            return
+        step, metrics = sent[0], jax.device_get(sent[1])
+        bar.update()
+        if self._take(metrics, step, progress):
+            self.report(progress)
+        self._log(step, metrics, progress)
 
     def _traits(self, progress: PopulationProgress) -> Traits:
         """Returns what tells the members in the stack apart."""
@@ -270,8 +291,8 @@ class PopulationLoop:
             with disk_errors(self.folders[number].prompt):
                 self.tunings[number].prompt(trainable, metrics).save(self.folders[number].prompt)
 
-    def _checkpoint(self, states: TrainState, progress: PopulationProgress) -> None:
-        progress.data = [stream.get_state() for stream in self.streams]  # type: ignore[attr-defined]
+    def _checkpoint(self, states: TrainState, progress: PopulationProgress, ahead: Ahead) -> None:
+        progress.data = ahead.get_state()
         self.checkpoints.save(states, dataclasses.asdict(progress))
 
     def _speak(self, bar: tqdm, done: int, progress: PopulationProgress, spoke: float) -> float:
@@ -287,6 +308,24 @@ class PopulationLoop:
 
     def _alive(self, progress: PopulationProgress) -> int:
         return sum(not progress.members[number].ended for number in progress.slots)
+
+
+@dataclasses.dataclass
+class _StackedBatches(Iterator[Batch]):
+    """The batches of the members at the places of the stack, one of each a time; its state is that of all streams."""
+
+    streams: Sequence[Iterator[Batch]]
+    stream_of: Sequence[int]
+    progress: PopulationProgress
+
+    def __next__(self) -> Batch:
+        wanted = {self.stream_of[member] for member in self.progress.slots}
+        drawn = {stream: next(self.streams[stream]) for stream in sorted(wanted)}
+        return stack_batches([drawn[self.stream_of[member]] for member in self.progress.slots])
+
+    def get_state(self) -> list[Any]:
+        """Returns where each stream stands."""
+        return [stream.get_state() for stream in self.streams]  # type: ignore[attr-defined]
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

@@ -124,7 +124,8 @@ def make_population_step(
     """Returns `step(states, frozen, batches, traits) -> (states, metrics)`, jitted: one step of K members at once.
 
     One member's step is mapped over all of them. `frozen` is not mapped, so the products with its weights are those of
-    one batch of K*B rows: each weight is read once, however many members there are.
+    one batch of K*B rows: each weight is read once, however many members there are. The metrics are those of
+    `make_update`, (K,); `finite` is false for a member that is not alive, so it is `alive` for the next step.
 
     Args:
       model: a `PromptedModel`, of all members.
@@ -135,9 +136,8 @@ def make_population_step(
 
     def member(state: TrainState, frozen: Tree, batch: Batch, traits: Traits) -> tuple[TrainState, dict[str, Array]]:
         loss = make_loss(model, traits.label_tokens, dropout, traits.real)
-        new, metrics = make_update(loss, make_tx(traits.peaks))(state, frozen, batch)
-        kept = _where(traits.alive, (new.trainable, new.opt_state), (state.trainable, state.opt_state))
-        return TrainState(new.step, kept[0], kept[1], state.key), metrics
+        new, metrics = make_update(loss, make_tx(traits.peaks))(state, frozen, batch, traits.alive)
+        return new, metrics
 
     mapped = jax.vmap(member, in_axes=(MEMBERS, None, 0, 0), out_axes=(MEMBERS, 0), axis_name=MAPPED)
 
@@ -146,7 +146,7 @@ def make_population_step(
             result: tuple[TrainState, dict[str, Array]] = mapped(states, frozen, batches, traits)
         if placement is not None:
             shardings = placement.of_trainable(result[0], model.method.axes, members=True)
-            result = jax.lax.with_sharding_constraint(result[0], shardings), result[1]
+            result = jax.lax.with_sharding_constraint(result, (shardings, placement.replicated))
         return result
 
     return jax.jit(step, donate_argnums=0)
