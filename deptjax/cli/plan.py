@@ -86,6 +86,7 @@ def _parser() -> Any:
         ("length", "N", f"source tokens of a row, padding included (default {DEFAULT_LENGTH})"),
         ("target-length", "N", f"target tokens of a row (default {DEFAULT_TARGETS})"),
         ("dtype", "TEXT", "of the backbone (default bfloat16, on a CPU float32)"),
+        ("quantize", "TEXT", "the frozen kernels: int8, int4 or nf4 (default: not)"),
         ("attention", "TEXT", "auto (default), xla, cudnn (NVIDIA GPUs) or flash (TPUs)"),
         ("remat", "TEXT", "what layers keep for the gradient: none (default), dots or full"),
         ("json", "FILE", "write all figures there as well"),
@@ -160,21 +161,22 @@ def _computed(config: Any, options: dict[str, Any], platform: str) -> Any:
     from deptjax.errors import UserError, nearest
     from deptjax.interop.convert import DTYPES
     from deptjax.models.fused_attention import check_runs_here
+    from deptjax.quantization import check_scheme
 
     dtype = options.get("dtype", "float32" if platform == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise UserError(f"--dtype '{dtype}' is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     own = {"dtype": dtype, "scan_layers": "no_scan_layers" not in options}
-    attention = options.get("attention", config.attention)
+    attention, quantize = options.get("attention", config.attention), options.get("quantize")
+    check_scheme(quantize)
     if "topology" not in options:
         check_runs_here(attention, dtype, config.head_dim)
-    return dataclasses.replace(config, attention=attention, **own)
+    return dataclasses.replace(config, attention=attention, quantize=quantize, **own)
 
 
 def _placement(config: Any, options: dict[str, Any], devices: list[Any], chip: Any) -> Any:
     """Returns the mesh over the devices; `auto` looks at the size of the model."""
-    from deptjax.interop.convert import DTYPES
-    from deptjax.models.sizes import parameter_count
+    from deptjax.models.sizes import weight_bytes
     from deptjax.sharding import Placement
 
     return Placement.over(
@@ -182,7 +184,7 @@ def _placement(config: Any, options: dict[str, Any], devices: list[Any], chip: A
         mesh=options.get("mesh", "auto"),
         rules=options.get("sharding_rules"),
         config=config,
-        weight_bytes=parameter_count(config) * DTYPES[config.dtype].itemsize,
+        weight_bytes=weight_bytes(config),
         device_bytes=None if chip is None else int(chip.memory_bytes),
     )
 

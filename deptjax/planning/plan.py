@@ -15,6 +15,7 @@ and each runs at its published peak.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -28,6 +29,7 @@ from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import Config, parameter_count, parameter_shapes
 from deptjax.planning.chips import Chip
 from deptjax.planning.count import Cost, count
+from deptjax.quantization import quantize_tree
 from deptjax.sharding import Placement
 from deptjax.training.config import TrainConfig
 from deptjax.training.optim import make_optimizer
@@ -84,6 +86,7 @@ class Plan:
       devices: of the mesh.
       chip: its peaks.
       dtype: of the backbone.
+      quantize: the scheme of its kernels, `None` where they are in its dtype.
       attention: its implementation, as it was asked for.
       remat: what layers keep for the gradient.
       rows: the shape of the batch.
@@ -100,6 +103,7 @@ class Plan:
     devices: int
     chip: Chip
     dtype: str
+    quantize: str | None
     attention: str
     remat: str
     rows: Rows
@@ -198,6 +202,7 @@ def make_plan(
         devices=placement.mesh.size,
         chip=chip,
         dtype=config.dtype,
+        quantize=config.quantize,
         attention=config.attention,
         remat=config.remat,
         rows=rows,
@@ -216,6 +221,8 @@ def abstract_trees(config: Config, prompted: PromptedModel) -> tuple[Tree, Tree]
     if prompted.method.tunes_backbone:
         wide = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
         return {}, {"backbone": wide}
+    if config.quantize is not None:
+        params = jax.eval_shape(functools.partial(quantize_tree, scheme=config.quantize), params)
     return params, prompted.shapes(config.width)
 
 
@@ -272,6 +279,11 @@ def _compiled(
 def check_rows(model: str, config: Config, method: Any, placement: Placement, rows: Rows) -> None:
     """Raises `UserError` for rows that do not divide over the mesh, or do not fit the method or the model."""
     placement.check_batch_size(rows.batch)
+    if method.tunes_backbone and config.quantize is not None:
+        raise UserError(
+            f"quantize '{config.quantize}': method '{method.kind}' trains the weights themselves, and quantised ones "
+            "cannot be; plan for it without quantize"
+        )
     limit = method.source_limit()
     if limit is not None and rows.length > limit:
         raise UserError(f"length {rows.length} is more than the {limit} of the method; raise the method's max_length")

@@ -136,7 +136,7 @@ def _devices(plan: Plan) -> str:
 
 
 def _computed(plan: Plan) -> str:
-    told = [plan.dtype]
+    told = [plan.dtype, *([] if plan.quantize is None else [f"kernels in {plan.quantize}"])]
     told += [] if plan.attention == "auto" else [f"attention {plan.attention}"]
     return ", ".join(told + ([] if plan.remat == "none" else [f"remat {plan.remat}"]))
 

@@ -107,6 +107,22 @@ def test_abstract_trees_are_those_of_a_run(family: object, method: object, scan:
         assert jax.tree.map(lambda leaf: (tuple(leaf.shape), np.dtype(leaf.dtype)), abstract) == shapes
 
 
+def test_quantised_weights_are_planned_for(placement: Placement) -> None:
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    plain, packed = (
+        make_plan("tiny", dataclasses.replace(config, quantize=scheme), DEPT, placement, CHIPS["v5e"], ROWS)
+        for scheme in (None, "int4")
+    )
+    table = config.vocab_size * config.width * 2
+    assert packed.memory.weights - table < 0.5 * (plain.memory.weights - table)
+    assert packed.backbone_parameters == plain.backbone_parameters
+    assert "kernels in int4" in report(packed)
+    assert "kernels" not in report(plain)
+    config = dataclasses.replace(config, quantize="int8")
+    with pytest.raises(UserError, match="quantize 'int8': method 'full' trains the weights themselves"):
+        make_plan("tiny", config, FullFineTuning(), placement, CHIPS["v5e"], ROWS)
+
+
 def test_less_is_kept_with_remat(placement: Placement) -> None:
     config = dataclasses.replace(CONFIG, num_layers=6)
     plans = [
