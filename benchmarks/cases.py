@@ -14,7 +14,10 @@ SECTIONS = ("train", "short", "shared", "buckets")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """The shape of a model; `layers` is that of each stack, `pairs` how many rounds of steps its rows get."""
+    """The shape of a model; `layers` is that of each stack, `pairs` how many rounds of steps its rows get.
+
+    `tied` says whether the head is the embedding; `tests/benchmarks_test.py` holds the shapes to the published ones.
+    """
 
     family: str
     vocab: int
@@ -25,12 +28,16 @@ class Size:
     head_dim: int
     mlp: int
     pairs: int
+    tied: bool = True
 
 
 SIZES = {
     "t5-small": Size("t5", 32128, 512, 6, 8, 8, 64, 2048, 7),
     "t5-base": Size("t5", 32128, 768, 12, 12, 12, 64, 3072, 5),
+    "t5-large": Size("t5", 32128, 1024, 24, 16, 16, 64, 4096, 5),
+    "t5-3b": Size("t5", 32128, 1024, 24, 32, 32, 128, 16384, 5),
     "smollm2-135m": Size("llama", 49152, 576, 30, 9, 3, 64, 1536, 5),
+    "llama2-7b": Size("llama", 32000, 4096, 32, 32, 32, 128, 11008, 5, tied=False),
     "t5-tiny": Size("t5", 512, 32, 2, 2, 2, 16, 64, 2),
     "llama-tiny": Size("llama", 512, 32, 2, 2, 1, 16, 64, 2),
 }
@@ -56,7 +63,13 @@ class Entrant:
       scan: deptjax: layers scanned rather than unrolled.
       text: a real data set to take batches from instead of random tokens (`synthetic` needs no download).
       padding: of `text`: `buckets`, or `max` for everything to `MAX_LENGTH`.
-      batches: batches a timed step goes through; more than one only with `text`.
+      batches: batches a timed turn goes through, one behind the other; without `text` all are the same one.
+      device: `cpu` or `gpu`.
+      dtype: of frozen weights and of the computation; what is trained is float32.
+      compiled: torch: with `torch.compile`.
+      attention: the implementation of attention by the side's own name for it, or its default.
+      remat: deptjax: what layers keep for the gradient (`deptjax.models.remat`).
+      max_length: rows of DePT's A.
     """
 
     side: str
@@ -70,12 +83,24 @@ class Entrant:
     text: str | None = None
     padding: str = "max"
     batches: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    compiled: bool = False
+    attention: str | None = None
+    remat: str = "none"
+    max_length: int = MAX_LENGTH
 
     @property
     def name(self) -> str:
         """What tells it from the others of its contest."""
-        kind = (f" {self.padding}" if self.text else "") + ("" if self.share_prompt else " copied")
-        return f"{self.side} {self.method}{kind}"
+        kinds = (
+            self.padding if self.text else "",
+            "" if self.share_prompt else "copied",
+            "compiled" if self.compiled else "",
+            f"attention={self.attention}" if self.attention else "",
+            "" if self.remat == "none" else f"remat={self.remat}",
+        )
+        return " ".join(filter(None, (self.side, self.method, *kinds)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +138,15 @@ def vectors(method: str) -> int:
     return int("".join(c for c in method if c.isdigit())) if method.startswith(("pt", "dept")) else 0
 
 
-def dept_rank(method: str, width: int) -> int:
-    """Returns R, the largest rank whose parameters fit the budget: m D + R (s + D) <= 100 D.
+def dept_rank(method: str, width: int, max_length: int = MAX_LENGTH) -> int:
+    """Returns R, the largest rank whose parameters fit the budget, s being `max_length`: m D + R (s + D) <= 100 D.
 
     Shi and Lipani 2024 (arXiv 2309.05173), section 2.2.
 
     >>> dept_rank("dept40", 768)
     45
     """
-    return (BUDGET - vectors(method)) * width // (MAX_LENGTH + width)
+    return (BUDGET - vectors(method)) * width // (max_length + width)
 
 
 def contests(sections: tuple[str, ...], *, quick: bool = False, steps: int | None = None) -> list[Contest]:

@@ -11,7 +11,6 @@ README.md beside this file says what is measured and how.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 import math
@@ -163,8 +162,9 @@ def is_of(record: Record | None, contest: cases.Contest) -> bool:
     """Returns whether a record holds the results of exactly this contest."""
     if record is None or "error" in record:
         return False
-    specs = [entrant["spec"] for entrant in record["entrants"]]
-    return record["rounds"] == contest.rounds and specs == [dataclasses.asdict(e) for e in contest.entrants]
+    # Fields that came after a result was written had their default values then.
+    specs = tuple(cases.Entrant(**entrant["spec"]) for entrant in record["entrants"])
+    return record["rounds"] == contest.rounds and specs == contest.entrants
 
 
 def run(contest: cases.Contest, threads: int, tell: Any) -> Record:

@@ -15,6 +15,8 @@ import gc
 import json
 import os
 import pathlib
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +26,10 @@ from typing import Any, Protocol
 
 from benchmarks.cases import Entrant
 from benchmarks.decode_cases import Decoder
+from benchmarks.matmul import Products
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG: a leader that is killed leaves nobody on the card
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 _STAT = pathlib.Path("/proc/stat")
@@ -33,6 +37,39 @@ _STAT = pathlib.Path("/proc/stat")
 
 class WorkerError(RuntimeError):
     """A worker ended without an answer; the message has the last lines of what it wrote to stderr."""
+
+
+class OutOfMemory(WorkerError):
+    """A worker had too little memory for what it was told to do."""
+
+
+class NoAnswerYet(RuntimeError):
+    """A worker has not answered within the time that it was given."""
+
+
+# What the memory of a device or of the host running out is called by XLA, CUDA, cuDNN and cuBLAS, torch and numpy.
+_TOO_LITTLE = (
+    "RESOURCE_EXHAUSTED",
+    "out of memory",
+    "OUT_OF_MEMORY",
+    "ALLOC_FAILED",
+    "can't allocate memory",
+    "Unable to allocate",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error, or one that it came from, says that there was too little memory.
+
+    >>> is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."))
+    True
+    >>> is_out_of_memory(RuntimeError("INVALID_ARGUMENT: memory is laid out otherwise"))
+    False
+    """
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _TOO_LITTLE):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_out_of_memory(cause)
 
 
 class Runner(Protocol):
@@ -48,15 +85,24 @@ class Runner(Protocol):
         """Returns `parameters` (trainable scalars) and `versions` of the libraries."""
 
 
+# Memory is taken as it is needed, since several processes share the card, and all of it but what the libraries of the
+# other side take. The CPU is there for what a check compares with.
+_GPU = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+
+
+def environment_of(device: str) -> dict[str, str]:
+    """Returns the environment of a process that computes on a device, `cpu` or `gpu`."""
+    return {**os.environ, **(_GPU if device == "gpu" else {"JAX_PLATFORMS": "cpu"})}
+
+
 class Worker:
     """The leader's end: starts the process and asks it."""
 
-    def __init__(self, entrant: Entrant | Decoder, threads: int):
+    def __init__(self, entrant: Entrant | Decoder | Products, threads: int):
         self.entrant: Any = entrant
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
+            **environment_of(getattr(entrant, "device", "cpu")),
             "NPROC": str(threads),  # the size of XLA's thread pool
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
@@ -81,21 +127,33 @@ class Worker:
         except BrokenPipeError as error:
             raise WorkerError(self._last_words()) from error
 
-    def answer(self) -> dict[str, Any]:
-        """Returns the answer to the last command. Raises `WorkerError` when the worker has ended."""
+    def answer(self, timeout: float | None = None) -> dict[str, Any]:
+        """Returns the answer to the last command.
+
+        Raises `WorkerError` when the worker has ended, `OutOfMemory` when it says that it had too little, and
+        `NoAnswerYet` when it says nothing for `timeout` seconds.
+        """
         assert self._process.stdout is not None
+        # There is never more than one line on its way, so none can wait in the buffer.
+        if timeout is not None and not select.select([self._process.stdout], [], [], max(timeout, 0.0))[0]:
+            raise NoAnswerYet(f"{self.entrant.name} on {self.entrant.model}")
         line = self._process.stdout.readline()
         if not line:
             raise WorkerError(self._last_words())
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        if "out_of_memory" in answer:
+            raise OutOfMemory(f"{self.entrant.name} on {self.entrant.model}: {answer['out_of_memory']}")
+        return answer
 
-    def ask(self, command: str, **fields: Any) -> dict[str, Any]:
+    def ask(self, command: str, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
         """Sends a command and returns its answer."""
         self.send(command, **fields)
-        return self.answer()
+        return self.answer(timeout)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process; more than once is no mistake."""
+        if self._log.closed:
+            return
         self._process.kill()
         self._process.communicate()
         self._log.close()
@@ -196,6 +254,10 @@ def make_runner(side: str, spec: dict[str, Any], threads: int) -> Runner:
 
     Only that side's libraries are imported.
     """
+    if "products" in spec:
+        from benchmarks.matmul import MatmulRunner
+
+        return MatmulRunner(Products(**spec))
     if "new_tokens" in spec and side == "torch":
         from benchmarks.decode_torch import TorchDecoder
 
@@ -218,36 +280,52 @@ def serve(side: str) -> None:
 
     `build` (fields `entrant`, `threads`) answers with `describe()` and the memory then in use; `warm` with the seconds
     of compiling and of the first step; `reset` with whether the peak could be reset; `step` with `seconds`, `cpu`
-    seconds, `loss`, `rows` and the share of the machine that `others` used; `peak` with `peak_mib`.
+    seconds, `loss`, `rows` and the share of the machine that `others` used; `peak` with `peak_mib` of the host's
+    memory, `device_peak` of the device's; `flops` with the operations of a step by formula. Where there is too little
+    memory, the answer is `out_of_memory` alone; any other error ends the process.
     """
+    with contextlib.suppress(AttributeError, OSError):  # elsewhere than on Linux
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    runner: Runner | None = None
+    runners: list[Any] = []
     for line in sys.stdin:
-        command = json.loads(line)
-        began = time.perf_counter()
-        if command["do"] == "build":
-            pin(command["threads"])
-            runner = make_runner(side, command["entrant"], command["threads"])
-            answer = {**runner.describe(), "build_s": time.perf_counter() - began, "built_mib": memory_mib("VmRSS")}
-        elif command["do"] == "reset":
-            answer = {"peak_is_of_steps": reset_peak()}
-        elif command["do"] == "peak":
-            answer = {"peak_mib": memory_mib("VmHWM")}
-        else:
-            assert runner is not None
-            if command["do"] == "warm":
-                answer = dict(runner.warm())
-                answer["first_s"] = time.perf_counter() - began - answer["compile_s"]
-            else:
-                with OtherWork() as others:
-                    began = time.perf_counter()
-                    loss, rows = runner.step()
-                    seconds = time.perf_counter() - began
-                answer = {"seconds": seconds, "loss": loss, "rows": rows, "others": others.share, "cpu": others.own}
+        try:
+            answer = _answer(json.loads(line), side, runners)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            answer = {"out_of_memory": " ".join(str(error).split())[:200] or type(error).__name__}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _answer(command: dict[str, Any], side: str, runners: list[Any]) -> dict[str, Any]:
+    """Returns the answer to a command; `runners` holds the one runner once it is built."""
+    began = time.perf_counter()
+    if command["do"] == "build":
+        pin(command["threads"])
+        runners.append(make_runner(side, command["entrant"], command["threads"]))
+        seconds = time.perf_counter() - began
+        return {**runners[0].describe(), "build_s": seconds, "built_mib": memory_mib("VmRSS")}
+    if command["do"] == "reset":
+        return {"peak_is_of_steps": reset_peak()}
+    if command["do"] == "peak":
+        return {"peak_mib": memory_mib("VmHWM")}
+    if command["do"] == "device_peak":
+        return {"peak_mib": runners[0].device_peak_mib()}
+    if command["do"] == "flops":
+        return {"flops": runners[0].flops()}
+    if command["do"] == "warm":
+        answer = dict(runners[0].warm())
+        answer["first_s"] = time.perf_counter() - began - answer["compile_s"]
+        return answer
+    with OtherWork() as others:
+        began = time.perf_counter()
+        loss, rows = runners[0].step()
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "loss": loss, "rows": rows, "others": others.share, "cpu": others.own}
 
 
 if __name__ == "__main__":
