@@ -1,10 +1,11 @@
-# make help tells what there is. Everything lands in .venv (the benchmark: .venv-bench, TensorFlow: .venv-seqio); nothing
-# outside is touched.
+# make help tells what there is. Everything lands in .venv (benchmarks: .venv-bench and .venv-bench-gpu, TensorFlow:
+# .venv-seqio); nothing outside is touched.
 #
 # PYTHON         the interpreter a new .venv is made of, 3.11 or later:      make test PYTHON=python3.12
 # EXTRA          what the tests install: dev, or tests (all but torch and the linters):  make test VENV=.venv-3.12 EXTRA=tests
 # PYTEST_ARGS    replaces the arguments of pytest (two workers, a file each):  make test PYTEST_ARGS="tests/methods -x"
 # STEPS COMPARE  of the quickstart:                                          make quickstart STEPS=320 COMPARE=1
+# GPU            the extra of bench-gpu, gpu13 or gpu (CUDA 12):              make bench-gpu GPU=gpu UV_TORCH_BACKEND=cu128
 # Another package index, for instance one with CPU builds of torch, is given in pip's own way: set
 # PIP_EXTRA_INDEX_URL (and UV_INDEX where uv is on the PATH) in the environment.
 
@@ -22,6 +23,7 @@ QUICKSTART_ARGS ?=
 EXTRA ?= dev
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
+GPU ?= gpu13
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 # uv takes torch's CPU build unless told otherwise; pip does not read this.
 export UV_TORCH_BACKEND ?= cpu
@@ -29,11 +31,11 @@ export UV_TORCH_BACKEND ?= cpu
 COMMA := ,# between arguments of call, and so not inside of one
 VERSION_OF = import sys; print("%d.%d" % sys.version_info[:2])
 
-.PHONY: help quickstart test test-seqio lint format bench notebooks clean distclean
+.PHONY: help quickstart test test-seqio lint format bench bench-gpu notebooks clean distclean
 .SECONDARY:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(VENV)/.stamp-base ## tune a small real model on the CPU (STEPS=320, COMPARE=1 for other methods beside it)
 	$(BIN)/python -m deptjax.quickstart --steps $(STEPS) $(if $(COMPARE),--compare) $(QUICKSTART_ARGS)
@@ -60,12 +62,17 @@ notebooks: $(VENV)/.stamp-notebooks ## run every notebook in place (NOTEBOOKS=..
 bench: .venv-bench/.stamp-torch ## compare with torch + peft, in a venv of its own
 	.venv-bench/bin/python benchmarks/compare.py $(BENCH_ARGS)
 
+# torch's build is then that of the driver's CUDA, and the environment's for jax of the same one.
+bench-gpu: export UV_TORCH_BACKEND = auto
+bench-gpu: .venv-bench-gpu/.stamp-$(GPU) ## measure on one NVIDIA GPU, beside torch + peft, in a venv of its own
+	.venv-bench-gpu/bin/python benchmarks/gpu.py $(BENCH_ARGS)
+
 clean: ## remove caches and build leftovers
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find deptjax tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the virtual environments
-	rm -rf $(VENV) .venv-bench .venv-seqio .venv-newest
+	rm -rf $(VENV) .venv-bench .venv-bench-gpu .venv-seqio .venv-newest
 
 # A .venv that is there is used as it is; asking for another interpreter than its own is a mistake, not a rebuild.
 .PHONY: same-python
@@ -100,6 +107,9 @@ $(VENV)/.stamp-%: setup.py | same-python
 
 .venv-bench/.stamp-torch: setup.py
 	$(call INSTALL,[torch])
+
+.venv-bench-gpu/.stamp-%: setup.py
+	$(call INSTALL,[$*$(COMMA)torch])
 
 .venv-seqio/.stamp-tests: setup.py
 	$(call INSTALL,[seqio$(COMMA)tfds$(COMMA)tests])

@@ -129,7 +129,7 @@ def markdown(results: Record) -> str:
     if results.get("collectives"):
         parts += ["### Collectives on eight virtual devices", collectives.markdown(results["collectives"])]
     if not results["settings"]["quick"] and results["contests"]:
-        parts += ["### Aims", "\n".join(map(_aim_line, aims(results)))]
+        parts += ["### Aims", "\n".join(map(aim_line, aims(results)))]
     return "\n\n".join(parts)
 
 
@@ -230,6 +230,7 @@ def _bucket_lines(contests: list[Record]) -> list[str]:
     return lines
 
 
-def _aim_line(aim: Aim) -> str:
+def aim_line(aim: Aim) -> str:
+    """Returns the line of a list that says what became of an aim."""
     verdict = {True: "met", False: "**not met**", None: "not measured"}[aim.met]
     return f"- {aim.text}: {verdict}" + ("." if aim.value is None else f" ({aim.value:.2f}).")
