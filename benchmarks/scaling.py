@@ -19,14 +19,18 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from deptjax.methods import method_from_config
-from deptjax.models.sizes import SIZES
-from deptjax.planning import CHIPS, Rows, make_plan, tpu_devices
-from deptjax.planning.table import duration, markdown, size
-from deptjax.sharding import Placement
-from deptjax.training.config import TrainConfig
+HERE = pathlib.Path(__file__).resolve().parent
+if not __package__:  # run as a script
+    sys.path[0] = str(HERE.parent)
 
-HERE = pathlib.Path(__file__).parent
+from benchmarks.report import write_between_markers  # noqa: E402
+from deptjax.methods import method_from_config  # noqa: E402
+from deptjax.models.sizes import SIZES  # noqa: E402
+from deptjax.planning import CHIPS, Rows, make_plan, tpu_devices  # noqa: E402
+from deptjax.planning.table import duration, markdown, size  # noqa: E402
+from deptjax.sharding import Placement  # noqa: E402
+from deptjax.training.config import TrainConfig  # noqa: E402
+
 RESULTS, PLOT = HERE / "scaling.json", HERE.parent / "docs" / "scaling.svg"
 LENGTH, TARGETS = 256, 8
 ROWS_PER_CHIP = {"v5e": 4, "v5p": 16}
@@ -61,23 +65,21 @@ class Case:
         return f"{self.model} | {self.topology} | {self.method}{own}"
 
 
-def cases() -> list[Case]:
-    """Returns all cases, those that compile fastest first."""
-    small = [case for case in PARTS["Growth, T5 on one chip"] if case.model != "t5-11b"]
-    rest = [case for part in PARTS.values() for case in part]
-    return list(dict.fromkeys([*small, *rest]))
-
-
 PARTS: dict[str, list[Case]] = {
     "Methods, LLaMA-2-7B on 16 chips": [Case("llama2-7b", FLAT, name) for name in METHODS],
-    "Methods, T5-3B on 16 chips": [Case("t5-3b", FLAT, name) for name in METHODS],
     "Weak scaling, LLaMA-2-7B": [Case("llama2-7b", topology, "DePT, m=40") for topology in SLICES],
+    "Methods, T5-3B on 16 chips": [Case("t5-3b", FLAT, name) for name in METHODS],
+    "Growth, T5 on one chip": [Case(model, ONE, name) for model in T5_SIZES for name in PROMPTS],
     "Methods, Llama-2-70B on 64 chips": [Case("llama2-70b", CUBE, name) for name in METHODS],
     "A prompt that rows share, and one a row, LLaMA-2-7B on one chip": [
         Case("llama2-7b", ONE, name, shared) for shared in (True, False) for name in PROMPTS
     ],
-    "Growth, T5 on one chip": [Case(model, ONE, name) for model in T5_SIZES for name in PROMPTS],
 }
+
+
+def cases() -> list[Case]:
+    """Returns all cases, each once."""
+    return list(dict.fromkeys(case for part in PARTS.values() for case in part))
 
 
 def compiled(case: Case) -> dict[str, Any]:
@@ -183,23 +185,34 @@ def tables(results: dict[str, Any]) -> str:
     parts = [
         f"## {title}\n\n{table(results[case.key] for case in part if case.key in results)}"
         for title, part in PARTS.items()
+        if any(case.key in results for case in part)
     ]
     lines = [["model", "parameters", "method", "FLOPs", "activations", "roofline time"]]
     for name, points in savings(results).items():
         for model, count, shares in points:
             shown = [f"{100 * (1 - share):.1f} %" for share in shares.values()]
             lines.append([model, f"{count:,}", name, *shown])
-    return "\n\n".join([*parts, "## Saved against prompt tuning\n\n" + markdown(lines)])
+    missing = sum(case.key not in results for case in cases())
+    told = [f"{missing} cases of `benchmarks/scaling.py` have not been compiled yet."] if missing else []
+    plot = "![What DePT saves of prompt tuning, by the size of the model](scaling.svg)"
+    saved = "## Saved against prompt tuning\n\n" + markdown(lines)
+    return "\n\n".join([*told, *parts, saved, plot])
 
 
 def main() -> None:
     """Compiles what is missing, unless `--tables` is given, and prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tables", action="store_true", help="compile nothing")
-    if not parser.parse_args().tables:
+    parser.add_argument("--write-docs", type=pathlib.Path, metavar="FILE", help="put the tables into this file")
+    options = parser.parse_args()
+    if not options.tables:
         run_missing()
-    print(tables(load()))
-    draw(load())
+    results = load()
+    text = tables(results)
+    print(text)
+    if options.write_docs is not None:
+        write_between_markers(options.write_docs, text, "<!-- scaling:begin -->", "<!-- scaling:end -->")
+    draw(results)
 
 
 if __name__ == "__main__":
