@@ -40,6 +40,9 @@ from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.inference.prompt_bank import PromptBank
 from deptjax.prompt import Prompt
 
+# Several hosts
+from deptjax.distributed import start_hosts
+
 # Errors and version
 from deptjax.errors import UserError
 from deptjax.version import __version__
@@ -79,6 +82,7 @@ __all__ = [
     "register_task",
     "seqio_task",
     "similar_prompts",
+    "start_hosts",
     "task_names",
     "train",
     "train_population",

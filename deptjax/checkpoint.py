@@ -33,6 +33,11 @@ class Checkpoints:
         """The step of the newest complete checkpoint, or `None`."""
         return self._manager.latest_step()
 
+    def on_disk(self) -> int | None:
+        """Returns the step of the newest checkpoint that is whole on disk; any thread may ask."""
+        steps = [int(path.name) for path in self._folder.glob("*") if path.name.isdecimal()]
+        return max(steps, default=None)
+
     def save(self, state: TrainState, progress: dict[str, Any]) -> None:
         """Starts to save `state` and `progress` (JSON-ready: the data position, the best score). Returns at once."""
         step = int(state.step)

@@ -316,13 +316,13 @@ def put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def to_host(tree: Tree) -> Tree:
     """Returns a tree's arrays as numpy arrays, gathered from all hosts: every host must call it, at the same place."""
 
-    def gathered(leaf: Any) -> np.ndarray:
+    def gathered(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             assert isinstance(leaf.sharding, NamedSharding)  # as `Placement` makes them
             leaf = jax.jit(lambda a: a, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
-        return np.asarray(leaf)
+        return leaf
 
-    return jax.tree.map(gathered, tree)
+    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(gathered, tree)))
 
 
 def _merged(rules: str | Mapping[str, str | Sequence[str] | None] | None) -> dict[str, tuple[str, ...]]:

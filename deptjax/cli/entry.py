@@ -29,6 +29,8 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("DEPTJAX_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
+    if debug:
+        os.environ["DEPTJAX_DEBUG"] = "1"  # for what aborts in C++ (`deptjax.watch`)
     try:
         with _terminated():
             return command(words)
@@ -38,13 +40,21 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return STOPPED + signal.SIGPIPE
     except KeyboardInterrupt:
-        return _tell("stopped", STOPPED + signal.SIGINT)
+        return _leave("stopped", STOPPED + signal.SIGINT)
     except Terminated:
-        return _tell("stopped", STOPPED + signal.SIGTERM)
+        return _leave("stopped", STOPPED + signal.SIGTERM)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return _tell(*_told(error))
+        return _leave(*_told(error))
+
+
+def _leave(message: str, status: int) -> int:
+    """Returns the status, having said the message here, and to the other hosts where there are some."""
+    from deptjax.distributed import leave
+
+    leave(message, status)
+    return _tell(message, status)
 
 
 def _told(error: Exception) -> tuple[str, int]:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(words: list[str]) -> int:
-    from deptjax.cli.setup import prepare
+    from deptjax.cli.setup import join_hosts, prepare
 
     prepare()
     from tqdm import tqdm
@@ -32,6 +32,7 @@ def _evaluate(words: list[str]) -> int:
     from deptjax.data.loaded import loaded_once
     from deptjax.data.sources import FileSource
     from deptjax.data.tasks import Task
+    from deptjax.distributed import first_host
     from deptjax.errors import UserError
     from deptjax.inference.predictor import evaluate
     from deptjax.prompt import Prompt
@@ -49,11 +50,13 @@ def _evaluate(words: list[str]) -> int:
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     flags.add_model(parser, " (default: the one the prompt names)")
     flags.add_task(parser)
+    flags.add_hosts(parser)
     flags.add_general(parser)
     options, bindings = parser.parse(words)
     if bindings:
         raise UserError(f"--gin.{bindings[0]}: evaluate takes no gin settings; use flags")
     given = flags.given_by_flags(options, parser)
+    join_hosts(options)
     prompt = Prompt.load(flags.required(options, "prompt", "a saved prompt, such as runs/x/prompt"))
     split, shown = options.get("split", "test"), options.get("split", "test")
     if ("FileSource", "test") in given and ("FileSource", "train") not in given:
@@ -78,9 +81,13 @@ def _evaluate(words: list[str]) -> int:
     backbone = backbone_of(prompt, options["prompt"], given)
     batch_size = flags.whole(options, "batch-size", 32)
     total = len(getattr(data, split))
-    with tqdm(total=total, unit=" rows", desc="evaluating", disable=None, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, unit=" rows", desc="evaluating", disable=None if first_host() else True, dynamic_ncols=True
+    ) as bar:
         scores = evaluate(backbone, prompt, task, split=split, batch_size=batch_size, on_rows=bar.update)
     scores = {name.replace(f"{split}/", f"{shown}/", 1): value for name, value in scores.items()}
+    if not first_host():
+        return 0
     if "json" in options:
         print(json.dumps(scores))
     else:

@@ -134,6 +134,17 @@ def add_general(parser: Parser) -> None:
     group.add_argument("--version", action="version", version=f"deptjax {__version__}")
 
 
+def add_hosts(parser: Parser) -> None:
+    """Adds what makes a process one of several hosts (`deptjax.distributed.start_hosts`)."""
+    group = parser.add_argument_group(
+        "several hosts", "the same command on each; in SLURM, Open MPI, Kubernetes and on Cloud TPU without these flags"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first host, any free port")
+    group.add_argument("--num-hosts", metavar="N", help="how many there are; 1 is alone, whatever the cluster says")
+    group.add_argument("--host-index", metavar="I", help="which one this is, from 0")
+    group.add_argument("--host-timeout", metavar="N", help="seconds to wait for the others at the start (default 300)")
+
+
 def add_model(parser: Parser, default: str = "") -> None:
     """Adds the flags of `load_backbone`."""
     group = parser.add_argument_group("model")

@@ -78,9 +78,10 @@ def _parser() -> Parser:
 
 
 def _predict(words: list[str]) -> int:
-    from deptjax.cli.setup import prepare
+    from deptjax.cli.setup import one_host_only, prepare
 
     prepare()
+    one_host_only("predict")
     from deptjax.cli import flags
     from deptjax.cli.answers import open_output
     from deptjax.cli.lines import Lines

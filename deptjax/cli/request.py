@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from deptjax.cli import flags, settings
+from deptjax.cli.setup import join_hosts
 from deptjax.data.loaded import loaded_once
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
@@ -50,7 +51,14 @@ def make_parser(prog: str, usage: str, description: str, examples: str) -> flags
         "--gin.NAME=VALUE", dest="gin", action="store_true", help="one setting: --gin.DePT.rank=8, or a macro's value"
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar and no lines of progress")
-    for add in (flags.add_model, flags.add_task, flags.add_method, flags.add_training, flags.add_general):
+    for add in (
+        flags.add_model,
+        flags.add_task,
+        flags.add_method,
+        flags.add_training,
+        flags.add_hosts,
+        flags.add_general,
+    ):
         add(parser)
     return parser
 
@@ -68,6 +76,7 @@ def read_request(parser: flags.Parser, words: list[str]) -> Request:
     method = settings.make_method(given)
     config = settings.make_config(given, method)
     settings.check_workdir(workdir)
+    join_hosts(options)
     data, task = loaded_once(settings.make_task(given))
     notes = {"config.gin": settings.as_gin(model, method, data.task, config)}
     return Request(options, workdir, model, method, task, settings.changed_from_default(config), notes)

@@ -35,6 +35,7 @@ def _search(words: list[str]) -> int:
     prepare()
     from deptjax.cli.fields import FLAG, Field, Given, checked
     from deptjax.cli.request import make_parser, read_request
+    from deptjax.distributed import first_host
     from deptjax.training.config import TrainConfig
     from deptjax.training.members import default_grid, grid
     from deptjax.training.population import train_population
@@ -73,8 +74,13 @@ def _search(words: list[str]) -> int:
         **asked.changed,
     )
     if not population.finished:
-        print(f"deptjax: stopped after step {population.step}; run the same command again to go on", file=sys.stderr)
+        if first_host():
+            print(
+                f"deptjax: stopped after step {population.step}; run the same command again to go on", file=sys.stderr
+            )
         return STOPPED + (population.signal or 0)
+    if not first_host():
+        return 0
     print((population.workdir / "members.md").read_text(), end="")
     for task in population.prompts:
         count = sum(member.task == task for member in population.members)

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 # Read by C++ code while jax is being loaded, so it is set when this module is imported, not in `prepare`.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,6 +36,30 @@ def prepare(debug: bool = False) -> None:
         if not sys.warnoptions:  # what the user asked for with -W holds
             warnings.simplefilter("ignore")
     keep_compiled_programs()
+
+
+def join_hosts(options: Mapping[str, Any]) -> None:
+    """Makes this process one of several hosts, as the flags, the environment or the cluster say.
+
+    Only the first of them says what all of them see alike. Raises `UserError` as `start_hosts` does.
+    """
+    from deptjax.distributed import start_hosts, watch
+
+    start_hosts(*(options.get(name) for name in ("coordinator", "num_hosts", "host_index", "host_timeout")))
+    here = watch()
+    if here is not None and here.host:
+        logging.getLogger("deptjax").setLevel(logging.ERROR)
+
+
+def one_host_only(command: str) -> None:
+    """Raises `UserError` where a command that does not share its work is started on several hosts."""
+    from deptjax.distributed import hosts_named
+    from deptjax.errors import UserError
+
+    if hosts_named(os.environ):
+        raise UserError(
+            f"{command} is for one host, and this is one of several; start it on one, with DEPTJAX_NUM_HOSTS=1"
+        )
 
 
 def keep_compiled_programs() -> None:

@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _suite(words: list[str]) -> int:
-    from deptjax.cli.setup import prepare
+    from deptjax.cli.setup import one_host_only, prepare
 
     prepare()
+    one_host_only("suite")
     from deptjax.cli import flags, settings
     from deptjax.cli.entry import Terminated
     from deptjax.cli.scopes import SuiteSettings

@@ -29,6 +29,7 @@ def _train(words: list[str]) -> int:
 
     prepare()
     from deptjax.cli.request import make_parser, read_request
+    from deptjax.distributed import first_host
     from deptjax.training.run import train
 
     usage = "--model MODEL --task TASK --workdir DIR [FLAGS]"
@@ -42,8 +43,11 @@ def _train(words: list[str]) -> int:
     )
 
     if not run.finished:
-        print(f"deptjax: stopped after step {run.step}; run the same command again to go on", file=sys.stderr)
+        if first_host():
+            print(f"deptjax: stopped after step {run.step}; run the same command again to go on", file=sys.stderr)
         return STOPPED + (run.signal or 0)
+    if not first_host():
+        return 0
     scores = ", ".join(f"{name} {value:.4f}" for name, value in (run.prompt.metrics if run.prompt else {}).items())
     best = json.loads((run.workdir / "result.json").read_text())["best_step"]
     tuned = f"{run.trainable_parameters:,} tuned numbers"

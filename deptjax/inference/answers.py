@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +23,7 @@ from deptjax.inference.generate import generate
 from deptjax.inference.rows import Rows
 from deptjax.inference.scoring import sequence_scores, token_scores
 from deptjax.inference.stop import cut_at_stop
+from deptjax.sharding import to_host
 from deptjax.typing import Array, Tree
 
 MODES = ("auto", "labels", "generate")
@@ -180,12 +180,12 @@ def answer_batch(
         scores = token_scores(*inputs, jnp.asarray(ids[..., 0]), jnp.asarray(mask[..., 0]))
     else:
         scores = sequence_scores(*inputs, jnp.asarray(ids), jnp.asarray(mask))
-    return [reader.answer_of_scores(row) for reader, row in zip(readers, np.asarray(scores), strict=False)]
+    return [reader.answer_of_scores(row) for reader, row in zip(readers, to_host(scores), strict=False)]
 
 
 def generations(decoded: Decoded, tokenizer: Any, decoding: Decoding) -> list[list[Generation]]:
     """Returns the texts of each row of `decoded`, best first."""
-    tokens, lengths, log_probs, scores, ended = (np.asarray(leaf) for leaf in jax.device_get(decoded))
+    tokens, lengths, log_probs, scores, ended = (leaf for leaf in to_host(decoded))
     if not decoding.is_beam_search:  # independent samples come as they were drawn
         order = np.argsort(-scores, axis=1, kind="stable")
     else:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deptjax.data.pipeline import eval_batches
 from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.inference.answers import Answer, Reader, answer_batch
 from deptjax.inference.rows import Rows
-from deptjax.sharding import Placement
+from deptjax.sharding import Placement, put_leaf
 from deptjax.typing import Tree
 
 
@@ -52,11 +54,18 @@ class Evaluator:
         answers: list[Answer | None] = [None] * len(examples)
         rows = Rows.shared(self._model, trainable, frozen)
         for indices, batch in eval_batches(examples, batch_size=self._batch_size, buckets=self._buckets):
-            put = self._placement.put_batch if self._placement else lambda b: {k: jnp.asarray(v) for k, v in b.items()}
-            placed = put({name: batch[name] for name in ("source", "source_mask")})
+            placed = self._put({name: batch[name] for name in ("source", "source_mask")})
             readers = [self._reader] * len(indices)
             found = answer_batch(self._model, frozen, rows, placed["source"], placed["source_mask"], readers)
             for index, answer in zip(indices, found, strict=True):
                 answers[index] = answer
             on_rows(len(indices))
         return [answer for answer in answers if answer is not None]
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Returns a batch, which every host has whole, on the devices."""
+        if self._placement is None:
+            return {name: jnp.asarray(rows) for name, rows in batch.items()}
+        divides = self._batch_size % self._placement.row_parts == 0
+        sharding = self._placement.rows if divides else self._placement.replicated
+        return {name: put_leaf(rows, sharding) for name, rows in batch.items()}

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from deptjax.checkpoint import disk_errors
+from deptjax.distributed import first_host, on_first_host
 from deptjax.errors import UserError
 from deptjax.prompt import recover_folder
 from deptjax.training.tensorboard import EventFile
@@ -29,13 +30,22 @@ MISSING = "nothing"
 
 
 class RunFolder:
-    """The files of one run. Raises `UserError` where the folder cannot be written, or belongs to another run."""
+    """The files of one run. Raises `UserError` where the folder cannot be written, or belongs to another run.
+
+    Of several hosts the first alone makes and locks the folder and writes the logs; the others wait until it is there.
+    """
 
     def __init__(
         self, path: str | os.PathLike[str], config: dict[str, Any], notes: Mapping[str, str] | None = None
     ) -> None:
         self.path = pathlib.Path(path)
         self._config_file = self.path / "config.json"
+        self._lock: TextIO | None = None
+        self._metrics: Any = None
+        self._events: EventFile | None = None
+        on_first_host(lambda: self._claim(config, notes or {}))
+
+    def _claim(self, config: dict[str, Any], notes: Mapping[str, str]) -> None:
         with disk_errors(self.path):
             if self._config_file.exists():
                 self._refuse_other(config)
@@ -44,13 +54,11 @@ class RunFolder:
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_json(self._config_file, config)
-            for name, text in (notes or {}).items():
+            for name, text in notes.items():
                 if not (self.path / name).exists():
                     write_text(self.path / name, text)
             self._lock = locked(self.path / ".lock", "a run")
         recover_folder(self.prompt)
-        self._metrics: Any = None
-        self._events: EventFile | None = None
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -69,6 +77,8 @@ class RunFolder:
 
     def open_logs(self, step: int) -> None:
         """Opens the logs at `step`; lines of later steps, which a resumed run writes again, are dropped."""
+        if not first_host():
+            return
         file = self.path / "metrics.jsonl"
         with disk_errors(file):
             if file.exists():
@@ -79,6 +89,8 @@ class RunFolder:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of numbers."""
+        if self._metrics is None:  # on the first host alone
+            return
         with disk_errors(self.path):
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._metrics.write(json.dumps({"step": step, **known}) + "\n")  # JSON has no NaN
@@ -96,7 +108,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Lets other processes have the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _started_by_us(self) -> bool:
         # A run cut off before it wrote its config has at most the temporary file of that config.

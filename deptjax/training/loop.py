@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from deptjax.checkpoint import Checkpoints
 from deptjax.errors import UserError
+from deptjax.sharding import put_leaf
 from deptjax.training.ahead import Ahead
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder
@@ -35,7 +37,8 @@ QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar o
 class Progress:
     """What a checkpoint keeps beside the state: where the data stands, and the best evaluation so far.
 
-    `unlogged` holds the losses since the last line of the log, so that the next line averages what it would have.
+    `unlogged` holds the losses since the last line of the log, so that the next line averages what it would have;
+    `mesh` is what the run was on, as it is written.
     """
 
     data: dict[str, Any]
@@ -43,6 +46,13 @@ class Progress:
     best_score: float | None = None
     best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     unlogged: list[float] = dataclasses.field(default_factory=list)
+    mesh: str = ""
+
+    def move(self, mesh: str, told: bool = True) -> None:
+        """Notes the mesh that the run is on now, and says so where it was on another."""
+        if told and self.mesh not in ("", mesh):
+            print(f"the run was on mesh {self.mesh}, and goes on on {mesh}", file=sys.stderr)
+        self.mesh = mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +108,13 @@ class Loop:
         self.folder.open_logs(done)
         seconds: list[float] = []
         ahead = Ahead(self.batches, self.put_batch)
-        go = jax.device_put(True, state.step.sharding)
+        go = put_leaf(np.True_, state.step.sharding)
         profile = Profile(self.folder.path / "profile", self.config.profile, done, self.config.steps, self.bar is False)
         try:
-            with StopSignals() as signals, make_bar(self.config.steps, done, self.bar) as bar:
+            with StopSignals(self._saved) as signals, make_bar(self.config.steps, done, self.bar) as bar:
                 window = _Window(losses=list(progress.unlogged))
                 pending: _Dispatched | None = None
-                # A batch that is on the devices already is trained on, whatever asks to stop.
-                while done < self.config.steps and (signals.received is None or ahead.ready):
+                while done < self.config.steps and not signals.stop_before(done, ahead.ready):
                     began = time.perf_counter()
                     profile.before(done)
                     state, sent = self._dispatch(state, go, done + 1, ahead)
@@ -236,8 +245,7 @@ class Loop:
             }
             window.waited = ahead.waited
             window.warn_of_slow_input(ahead)
-            if jax.process_index() == 0:
-                self.folder.log(done, values)
+            self.folder.log(done, values)
 
     def _evaluate(self, state: TrainState, done: int, progress: Progress, bar: tqdm) -> None:
         assert self.evaluate is not None
@@ -249,11 +257,14 @@ class Loop:
         if not math.isnan(score) and (progress.best_score is None or score > progress.best_score):
             progress.best_step, progress.best_score, progress.best_metrics = done, score, metrics
             self.save_prompt(state.trainable, metrics)
-        if jax.process_index() == 0:
-            self.folder.log(done, metrics)
+        self.folder.log(done, metrics)
         told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         if self.bar is not False:
             bar.write(f"step {done}: {told}" + (" (best)" if progress.best_step == done else ""), file=sys.stderr)
+
+    def _saved(self) -> int | None:
+        saved = self.checkpoints.on_disk()
+        return None if saved is None else saved // self.config.accumulate
 
     def _checkpoint(self, state: TrainState, progress: Progress, window: _Window, ahead: Ahead) -> None:
         progress.unlogged = window.losses[window.logged :]

@@ -16,11 +16,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.data.buckets import choose_buckets
 from deptjax.data.tasks import Task
+from deptjax.distributed import first_host, on_first_host, together
 from deptjax.errors import UserError
 from deptjax.memory import PeakMemory
 from deptjax.methods.base import Method
@@ -76,6 +75,7 @@ class Population:
         return _place(self.workdir, self.members, task)
 
 
+@together()
 def train_population(
     backbone: Backbone,
     method: Method,
@@ -120,6 +120,7 @@ def train_population(
       UserError: for members that cannot be stacked, and all that `train` refuses; when no member leaves a prompt.
     """
     config = TrainConfig.from_settings(settings)
+    progress = progress if first_host() else False
     placement = placement or backbone.placement or Placement.over(config=backbone.config)
     placement.check_batch_size(config.batch_size)
     announce(placement, progress)
@@ -253,7 +254,7 @@ def _results(members: Sequence[Member], progress: PopulationProgress) -> list[Me
 
 
 def _write_table(folder: RunFolder, results: Sequence[MemberResult]) -> None:
-    if jax.process_index() == 0:
+    if first_host():
         with disk_errors(folder.path):
             write_json(folder.path / "members.json", [dataclasses.asdict(result) for result in results])
             write_text(folder.path / "members.md", markdown_table(results))
@@ -279,9 +280,12 @@ def _finish(
         "seconds_per_step": outcome.seconds_per_step,
         "peak_mib": peak_mib,
     }
-    if outcome.finished and outcome.seconds_per_step is None and folder.result.exists():
-        shared = {name: json.loads(folder.result.read_text())[name] for name in shared}  # it had ended before
-    elif outcome.finished and jax.process_index() == 0:
+
+    def kept() -> dict[str, Any]:
+        if outcome.finished and outcome.seconds_per_step is None and folder.result.exists():
+            return {name: json.loads(folder.result.read_text())[name] for name in shared}  # it had ended before
+        if not outcome.finished:
+            return shared
         with disk_errors(folder.path):
             for own, result in zip(member_folders, results, strict=True):
                 kept = {name: getattr(result, name) for name in ("best_step", "metrics", "ended", "step")}
@@ -291,6 +295,9 @@ def _finish(
                 Prompt.load(member_folders[results.index(result)].prompt).save(place)
             _write_table(folder, results)
             write_json(folder.result, {"best": {task: result.name for task, result in best.items()}, **shared})
+        return shared
+
+    shared = on_first_host(kept)  # and by then the first host has written the prompts
     prompts: dict[str, Prompt] = {}
     for task, result in best.items():
         prompts[task] = Prompt.load(member_folders[results.index(result)].prompt)

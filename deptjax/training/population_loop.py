@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from deptjax.checkpoint import Checkpoints, disk_errors
+from deptjax.distributed import first_host
 from deptjax.errors import UserError
 from deptjax.inference.evaluator import Evaluator
 from deptjax.sharding import Placement
@@ -122,11 +123,11 @@ class PopulationLoop:
         seconds: list[float] = []
         ahead = Ahead(_StackedBatches(self.streams, self.stream_of, progress), self._put)
         try:
-            with StopSignals() as signals, make_bar(self.config.steps, done, self.bar) as bar:
+            with StopSignals(self._saved) as signals, make_bar(self.config.steps, done, self.bar) as bar:
                 spoke = time.perf_counter()
                 traits = self._traits(progress)
                 pending: tuple[int, list[Any]] | None = None
-                while done < config.steps and self._alive(progress) and (signals.received is None or ahead.ready):
+                while done < config.steps and self._alive(progress) and not signals.stop_before(done, ahead.ready):
                     began = time.perf_counter()
                     states, traits, metrics = self._step(states, traits, ahead)
                     done += 1
@@ -225,8 +226,7 @@ class PopulationLoop:
                 **{f"lr/{name}": float(rate(done - 1)) for name, rate in tuning.schedules.items()},
             }
             member.unlogged = []
-            if jax.process_index() == 0:
-                self.folders[number].log(done, values)
+            self.folders[number].log(done, values)
 
     def _evaluate(self, states: TrainState, done: int, progress: PopulationProgress, bar: tqdm) -> None:
         bar.set_description("evaluating")
@@ -241,8 +241,7 @@ class PopulationLoop:
             if not math.isnan(score) and (member.best_score is None or score > member.best_score):
                 member.best_step, member.best_score, member.best_metrics = done, score, metrics
                 self._save_prompt(number, trainable, metrics)
-            if jax.process_index() == 0:
-                self.folders[number].log(done, metrics)
+            self.folders[number].log(done, metrics)
         bar.set_description("training")
         scores = [(m.best_score, -number) for number, m in enumerate(progress.members) if m.best_score is not None]
         if scores and self.bar is not False:
@@ -287,9 +286,14 @@ class PopulationLoop:
             )
 
     def _save_prompt(self, number: int, trainable: Tree, metrics: dict[str, float]) -> None:
-        if jax.process_index() == 0:
+        prompt = self.tunings[number].prompt(trainable, metrics)  # gathered from all hosts
+        if first_host():
             with disk_errors(self.folders[number].prompt):
-                self.tunings[number].prompt(trainable, metrics).save(self.folders[number].prompt)
+                prompt.save(self.folders[number].prompt)
+
+    def _saved(self) -> int | None:
+        saved = self.checkpoints.on_disk()
+        return None if saved is None else saved // self.config.accumulate
 
     def _checkpoint(self, states: TrainState, progress: PopulationProgress, ahead: Ahead) -> None:
         progress.data = ahead.get_state()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.data.tasks import Task, get_task
+from deptjax.distributed import first_host, on_first_host, together
 from deptjax.errors import UserError
 from deptjax.memory import PeakMemory
 from deptjax.methods.base import Method
@@ -56,6 +57,7 @@ class Run:
     peak_mib: float
 
 
+@together()
 def train(
     backbone: Backbone,
     method: Method,
@@ -86,6 +88,7 @@ def train(
       UserError: for data, settings or a folder that cannot be used; for a loss that is not finite.
     """
     config = TrainConfig.from_settings(settings)
+    progress = progress if first_host() else False
     placement = placement or backbone.placement or Placement.over(config=backbone.config)
     placement.check_batch_size(config.batch_size)
     announce(placement, progress)
@@ -103,9 +106,10 @@ def train(
         return tuning.evaluate(evaluator, trainable, frozen)
 
     def save_prompt(trainable: Tree, metrics: dict[str, float]) -> None:
-        if jax.process_index() == 0:
+        prompt = tuning.prompt(trainable, metrics)  # gathered from all hosts
+        if first_host():
             with disk_errors(folder.prompt):
-                tuning.prompt(trainable, metrics).save(folder.prompt)
+                prompt.save(folder.prompt)
 
     loss = make_loss(tuning.model, tuning.label_tokens, dropout=config.dropout)
     with contextlib.ExitStack() as stack:
@@ -134,6 +138,7 @@ def train(
             batches.set_state(so_far.data)
         elif folder.result.exists():  # of a population's member, or of a run whose checkpoints were removed
             return _finish(folder, _ended(folder, state, so_far, config.steps), count_parameters(trainable), 0.0)
+        so_far.move(str(placement), told=progress is not False)
         with PeakMemory() as peak:
             outcome = loop.run(state, so_far)
         return _finish(folder, outcome, count_parameters(trainable), peak.mib)
@@ -141,8 +146,9 @@ def train(
 
 def announce(placement: Placement, progress: bool | None) -> None:
     """Says, where there is more than one device, how the run is laid out over them."""
-    if placement.mesh.size > 1 and progress is not False and jax.process_index() == 0:
-        print(f"mesh {placement} ({placement.mesh.size} devices)", file=sys.stderr)
+    if placement.mesh.size > 1 and progress is not False and first_host():
+        hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+        print(f"mesh {placement} ({placement.mesh.size} devices{hosts})", file=sys.stderr)
 
 
 def _ended(folder: RunFolder, state: TrainState, progress: Progress, steps: int) -> Outcome:
@@ -156,7 +162,6 @@ def _ended(folder: RunFolder, state: TrainState, progress: Progress, steps: int)
 
 
 def _finish(folder: RunFolder, outcome: Outcome, parameters: int, peak_mib: float) -> Run:
-    prompt = Prompt.load(folder.prompt) if folder.prompt.exists() else None
     result: dict[str, Any] = {
         "best_step": outcome.progress.best_step,
         "metrics": outcome.progress.best_metrics,
@@ -164,11 +169,17 @@ def _finish(folder: RunFolder, outcome: Outcome, parameters: int, peak_mib: floa
         "seconds_per_step": outcome.seconds_per_step,
         "peak_mib": peak_mib,
     }
-    if outcome.finished and outcome.seconds_per_step is None and folder.result.exists():
-        result = json.loads(folder.result.read_text())  # the run had ended before: this call took no step
-    elif outcome.finished and jax.process_index() == 0:
-        with disk_errors(folder.result):
-            write_json(folder.result, result)
+
+    def kept() -> dict[str, Any]:
+        if outcome.finished and outcome.seconds_per_step is None and folder.result.exists():
+            return dict(json.loads(folder.result.read_text()))  # the run had ended before: this call took no step
+        if outcome.finished:
+            with disk_errors(folder.result):
+                write_json(folder.result, result)
+        return result
+
+    result = on_first_host(kept)  # and by then the first host has written the prompt
+    prompt = Prompt.load(folder.prompt) if folder.prompt.exists() else None
     return Run(
         prompt=prompt,
         workdir=folder.path,

@@ -25,7 +25,7 @@ from deptjax.methods.base import Method, method_to_config
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel, check_context
 from deptjax.prompt import Prompt
-from deptjax.sharding import Placement
+from deptjax.sharding import Placement, to_host
 from deptjax.training.config import TrainConfig
 from deptjax.training.optim import make_optimizer
 from deptjax.training.transfer import started_from
@@ -164,7 +164,7 @@ class Tuning:
             mode=self.config.evaluation,
             batch_size=self.config.eval_batch_size,
             buckets=sorted({*self.buckets, *own}),
-            placement=placement if self.config.eval_batch_size % placement.row_parts == 0 else None,
+            placement=placement,
         )
 
     def evaluate(self, evaluator: Evaluator, trainable: Tree, frozen: Tree) -> dict[str, float]:
@@ -177,10 +177,10 @@ class Tuning:
         return {f"dev/{name}": score for name, score in scores.items()}
 
     def prompt(self, trainable: Tree, metrics: dict[str, float]) -> Prompt:
-        """Returns what is saved."""
+        """Returns what is saved; every host must call it, since it gathers what is split over them."""
         return Prompt(
             method=self.model.method,
-            trainable=jax.device_get(trainable),
+            trainable=to_host(trainable),
             backbone=self.backbone.name,
             fingerprint=self.backbone.fingerprint,
             task=self.task.to_config(),
