@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 import jax
 
 from deptjax.errors import UserError
-from deptjax.watch import LOST_SECONDS, Watch, coordination_client, on_abort, quieten
+from deptjax.watch import LOST_SECONDS, Watch, coordination, listens, on_abort, quieten
 
 CONNECT_SECONDS = 300
 _TURNS = itertools.count()
@@ -119,7 +118,7 @@ def on_first_host(action: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return action()
     key = f"deptjax/first/{next(_TURNS)}"
-    client = coordination_client()
+    client, _ = coordination()
     if first_host():
         try:
             value = action()
@@ -149,7 +148,8 @@ def together() -> Iterator[None]:
 def watch() -> Watch | None:
     """Returns what keeps an eye on the other hosts, started where it was not; `None` where there are none."""
     if not _WATCH and jax.distributed.is_initialized() and jax.process_count() > 1:
-        _WATCH.append(Watch(coordination_client(), jax.process_index(), jax.process_count()))
+        client, address = coordination()
+        _WATCH.append(Watch(client, jax.process_index(), jax.process_count(), address))
         _WATCH[0].start()
     return _WATCH[0] if _WATCH else None
 
@@ -200,18 +200,13 @@ def _port(coordinator: str) -> int:
 def _wait_for(coordinator: str, seconds: int) -> None:
     """Returns when somebody listens at the coordinator's address. Raises `UserError` when nobody does."""
     deadline = time.monotonic() + seconds
-    place = coordinator.rpartition(":")[0].strip("[]")
-    while True:
-        try:
-            socket.create_connection((place, _port(coordinator)), timeout=min(seconds, 10)).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"coordinator {coordinator} was not reached in {seconds} s ({error.strerror or error}); check that "
-                    "host 0 runs the same command, and that the address and its port are open to this host"
-                ) from None
-            time.sleep(0.2)
+    while not listens(coordinator, min(seconds, 10)):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"coordinator {coordinator} was not reached in {seconds} s; check that host 0 runs the same command, "
+                "and that the address and its port are open to this host"
+            )
+        time.sleep(0.2)
 
 
 def _initialize(seconds: int, **options: Any) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from deptjax.errors import UserError, nearest
 from deptjax.mesh import AXES, DATA, FSDP, MODEL, Axes, MeshShape, Sizes, mesh_shape, shown
@@ -303,7 +303,7 @@ def sizes_of(config: Any) -> Sizes:
     }
 
 
-def put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def put_leaf(leaf: Any, sharding: Sharding) -> jax.Array:
     """Returns an array, or a key, that every host has, on the devices of a sharding."""
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(put_leaf(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))

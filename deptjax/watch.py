@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -66,11 +67,18 @@ class Agreement:
 
 
 class Watch(threading.Thread):
-    """The thread; `client` is that of `jax.distributed`, `host` the index of this one among `hosts`."""
+    """The thread.
 
-    def __init__(self, client: Any, host: int, hosts: int) -> None:
+    Args:
+      client: of `jax.distributed`.
+      host: the index of this one.
+      hosts: how many there are.
+      coordinator: `HOST:PORT` of the store.
+    """
+
+    def __init__(self, client: Any, host: int, hosts: int, coordinator: str) -> None:
         super().__init__(name="deptjax-watch", daemon=True)
-        self._client, self.host, self._hosts = client, host, hosts
+        self._client, self.host, self._hosts, self._coordinator = client, host, hosts, coordinator
         self._ending = threading.Event()
         self._telling = threading.Lock()
         self._beat = 0
@@ -81,7 +89,7 @@ class Watch(threading.Thread):
         self._status: int | None = None
         self._loops = 0
         self._agreements: dict[int, Agreement] = {}
-        self.where: Callable[[], str] = lambda: "; run the same command again on all hosts"
+        self.where: Callable[[], str] | None = None  # says where a loop is, and what to do
 
     def start(self) -> None:
         """Starts the thread, and leaves word for the end of the process."""
@@ -184,17 +192,17 @@ class Watch(threading.Thread):
         self._first_seen_left = None
 
     def _lost(self, host: int) -> str:
-        return f"error: host {host} was lost{self.where()}"
+        where = self.where() if self.where else "; run the same command again on all hosts"
+        return f"error: host {host} was lost{where}"
 
     def _told_of_abort(self) -> str:
         """Returns what to say when C++ aborts: jax does when the first host, which keeps the store, is gone."""
         if self._ending.is_set():
             os._exit(self._status or 0)
         late = self._late(5 * BEAT_SECONDS)
-        if late is None and self.host:
-            with contextlib.suppress(Exception):  # the store answers, so it is something else
-                self._look()
-                return "error: jax has aborted (DEPTJAX_DEBUG=1 shows why)"
+        # Not asked over the store: the thread that aborts may hold its lock.
+        if late is None and (self.host == 0 or listens(self._coordinator)):
+            return "error: jax has aborted this process (DEPTJAX_DEBUG=1 shows why)"
         return self._lost(late or 0)
 
     def _end(self, message: str, status: int) -> None:
@@ -244,11 +252,21 @@ class Watch(threading.Thread):
         return len(board) >= self._hosts
 
 
-def coordination_client() -> Any:
-    """Returns the client of the key-value store of `jax.distributed`, which jax has no public name for."""
+def listens(address: str, seconds: float = 5.0) -> bool:
+    """Returns whether somebody listens at `HOST:PORT`; raises nothing."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def coordination() -> tuple[Any, str]:
+    """Returns the client of the key-value store of `jax.distributed`, and its address; jax has no public names."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state.client, str(distributed.global_state.coordinator_address)
 
 
 _HANDLERS: list[Any] = []  # C keeps no reference

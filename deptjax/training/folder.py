@@ -38,6 +38,10 @@ class RunFolder:
     def __init__(
         self, path: str | os.PathLike[str], config: dict[str, Any], notes: Mapping[str, str] | None = None
     ) -> None:
+        if str(path).startswith("gs://"):
+            raise UserError(
+                f"workdir {path}: a bucket cannot be a run's folder; name one that is mounted on every host"
+            )
         self.path = pathlib.Path(path)
         self._config_file = self.path / "config.json"
         self._lock: TextIO | None = None

@@ -33,7 +33,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if self._watch:
-            self._before_where, self._watch.where = self._watch.where, self._where
+            self._watch.where = self._where
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
@@ -64,7 +64,7 @@ class StopSignals:
             self._agreement.asked = number
 
     def __exit__(self, *error: object) -> None:
-        if self._watch:
-            self._watch.where = self._before_where
+        if self._watch and error[0] is None:  # after an error it is still here that another host was lost
+            self._watch.where = None
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECONDS = 240  # more than any test needs; nothing may hang
+SECONDS = 600  # more than any test needs on a busy machine; nothing may hang
 SCRIPT = """
 import sys, jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
@@ -56,7 +56,10 @@ def free_port() -> int:
 def started(
     words: Sequence[str], hosts: int = 2, devices: int = 1, program: Sequence[str] | None = None, **env: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Yields the hosts' processes, each of which runs a function of `work` with arguments, or `program` with them."""
+    """Yields the hosts' processes; each runs a function of `work` with arguments, or `program` with them.
+
+    In words, `{host}` is the index of a host.
+    """
     joined = {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -69,7 +72,7 @@ def started(
     program = program or [sys.executable, "-c", SCRIPT, str(jax.config.jax_compilation_cache_dir)]
     processes = [
         subprocess.Popen(
-            [*program, *words],
+            [*program, *(word.replace("{host}", str(host)) for word in words)],
             cwd=ROOT,
             env={**os.environ, **joined, **({"DEPTJAX_HOST_INDEX": str(host)} if hosts > 1 else {})},
             stdout=subprocess.PIPE,
@@ -83,7 +86,7 @@ def started(
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def ended(processes: Sequence[subprocess.Popen[str]], seconds: float = SECONDS) -> list[Done]:

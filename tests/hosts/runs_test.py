@@ -13,8 +13,8 @@ from deptjax.prompt import Prompt
 from tests.hosts import work
 from tests.hosts.launcher import run_hosts
 
-ONE_DEVICE = ("llama-dept-data:2", "t5-full-fsdp:2", "llama-lora-fsdp:2", "t5-dept-model:2", "llama-full-model:2")
-TWO_DEVICES = ("llama-dept-data:2,fsdp:2", "t5-lora-data:2,fsdp:2")
+ONE_DEVICE = ("llama-dept-data:2", "t5-full-fsdp:2", "llama-lora-model:2")
+TWO_DEVICES = ("t5-dept-data:2,fsdp:2",)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import numpy as np
 from deptjax.distributed import on_first_host, together
 from deptjax.errors import UserError
 from deptjax.inference.predictor import evaluate
+from deptjax.interop.load import load_backbone
 from deptjax.models.backbone import Backbone
 from deptjax.sharding import Placement
 from deptjax.testing import tiny_llama, tiny_t5
@@ -120,3 +122,21 @@ def refuse(where: str) -> None:
 def say(text: str) -> None:
     """Prints, on the first host what the first host says."""
     print(json.dumps(on_first_host(lambda: {"said": text, "by": jax.process_index()})))
+
+
+def load(small: str, large: str) -> None:
+    """Loads a folder, and prints how much memory that took at its peak; a small one first, for what is loaded once."""
+
+    def resident(name: str) -> int:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+    load_backbone(small, mesh="fsdp")
+    gc.collect()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from what is resident now
+    before = resident("VmRSS")
+    params = load_backbone(large, mesh="fsdp").params
+    leaves = jax.tree.leaves(params)
+    held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    print(json.dumps({"peak": resident("VmHWM") - before, "held": held, "tree": sum(leaf.nbytes for leaf in leaves)}))
+    on_first_host(lambda: None)
