@@ -63,7 +63,7 @@ def started(
     joined = {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "DEPTJAX_LOST_SECONDS": "8",
+        "DEPTJAX_LOST_SECONDS": "12",
         "DEPTJAX_HOST_TIMEOUT": "120",
         **env,
     }

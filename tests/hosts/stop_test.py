@@ -25,17 +25,17 @@ def test_stopped_killed_and_gone_on(unbroken: pathlib.Path, tmp_path: pathlib.Pa
     folder = str(tmp_path / "run")
     first, second = run_hosts("tune_long", folder, "fsdp:2", "1", str(int(signal.SIGTERM)), "3")
     assert (first.status, second.status) == (0, 0), first.err + second.err
-    assert first.out == second.out
-    told, number, step = first.out.split()
+    assert first.out.splitlines()[-1] == second.out.splitlines()[-1]
+    told, number, step = first.out.splitlines()[-1].split()
     assert (told, number) == ("stopped", "15")
     assert 3 <= int(step) < 16
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name == step] == [step]
 
-    for killed, status in ((1, -9), (0, -9)):
-        began = time.monotonic()
+    for killed in (1, 0):
         ends = run_hosts("tune_long", folder, "fsdp:2", str(killed), str(int(signal.SIGKILL)), "4")
-        assert time.monotonic() - began < 150
-        assert ends[killed].status == status
+        struck = float(ends[killed].out.split()[1])
+        assert time.time() - struck < 60
+        assert ends[killed].status == -signal.SIGKILL
         left = ends[1 - killed]
         assert left.status == 1, left.err
         assert left.lines[-1].startswith(f"deptjax: error: host {killed} was lost at step "), left.err
@@ -52,7 +52,7 @@ def test_stopped_killed_and_gone_on(unbroken: pathlib.Path, tmp_path: pathlib.Pa
 
 def test_begun_alone_and_gone_on_by_two(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
     alone = run_hosts("tune_long", str(tmp_path), "data:1", "0", str(int(signal.SIGINT)), "5", hosts=1)[0]
-    assert (alone.status, alone.out) == (0, "stopped 2 5\n"), alone.err
+    assert (alone.status, alone.out.splitlines()[-1]) == (0, "stopped 2 5"), alone.err
     first, second = run_hosts("tune_long", str(tmp_path), "fsdp:2")
     assert (first.out, second.out) == ("finished 16\n", "finished 16\n"), first.err + second.err
     assert "the run was on mesh data:1, and goes on on fsdp:2" in first.err
