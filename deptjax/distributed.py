@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -69,6 +70,8 @@ def start_hosts(
         assert coordinator is not None
         if index:
             _wait_for(coordinator, seconds)
+        else:
+            _check_free(_port(coordinator))
         _initialize(
             seconds,
             coordinator_address=coordinator,
@@ -209,6 +212,19 @@ def _wait_for(coordinator: str, seconds: int) -> None:
         time.sleep(0.2)
 
 
+def _check_free(port: int) -> None:
+    """Raises `UserError` where the first host cannot listen at a port; jax itself may crash where it cannot."""
+    with socket.socket() as here:
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            here.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"coordinator: port {port} of this host cannot be listened at ({error.strerror}); choose another one, on "
+                "every host"
+            ) from None
+
+
 def _initialize(seconds: int, **options: Any) -> None:
     """Joins the hosts. Raises `UserError` where that cannot be."""
     # jax would take SIGTERM for itself; here a signal is agreed on by the hosts' watches (`deptjax.watch`).
@@ -226,8 +242,6 @@ def _initialize(seconds: int, **options: Any) -> None:
             return  # jax looked closer: there is no cluster
         if "before" in told and "initialize" in told:
             raise UserError("start_hosts comes too late: jax is in use already; call it first") from error
-        if "Failed to start RPC server" in told:
-            told = f"port {_port(where)} of this host is not free; choose another one, on every host"
         raise UserError(f"hosts could not be joined: {told}") from error
 
 

@@ -109,12 +109,16 @@ class Watch(threading.Thread):
         try:
             yield
             self._status = None
-        except BaseException as error:
+        except Exception as error:
             if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
                 # A collective that failed: most likely another host is gone. Then this process ends while it waits.
                 time.sleep(LOST_SECONDS + 2 * BEAT_SECONDS)
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.leave(f"error: {message}", 2 if isinstance(error, UserError) else 1)
+            raise
+        except BaseException as error:  # Ctrl-C, or a signal of the command line's
+            number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+            self.leave("stopped", 128 + number)
             raise
 
     def leave(self, message: str, status: int) -> None:
