@@ -220,7 +220,7 @@ def _check_free(port: int) -> None:
             here.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"coordinator: port {port} of this host cannot be listened at ({error.strerror}); choose another one, on "
+                f"coordinator: port {port} of this host cannot be listened at ({error.strerror}); choose another, on "
                 "every host"
             ) from None
 

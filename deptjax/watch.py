@@ -205,9 +205,17 @@ class Watch(threading.Thread):
             os._exit(self._status or 0)
         late = self._late(5 * BEAT_SECONDS)
         # Not asked over the store: the thread that aborts may hold its lock.
-        if late is None and (self.host == 0 or listens(self._coordinator)):
+        if late is None and (self.host == 0 or self._first_listens()):
             return "error: jax has aborted this process (DEPTJAX_DEBUG=1 shows why)"
         return self._lost(late or 0)
+
+    def _first_listens(self) -> bool:
+        """Returns whether the first host is there; one that was killed closes its files one after the other."""
+        for _ in range(10):
+            if not listens(self._coordinator):
+                return False
+            time.sleep(0.3)
+        return True
 
     def _end(self, message: str, status: int) -> None:
         """Ends the process at once: the main thread may be waiting for what never comes."""
