@@ -78,7 +78,7 @@ def test_hosts_that_do_not_come_and_a_port_that_is_taken() -> None:
         alone = run_hosts("say", "x", hosts=1, DEPTJAX_COORDINATOR=f"127.0.0.1:{port}", **place)[0]
     assert (alone.status, len(alone.lines)) == (2, 1), alone.err
     assert (
-        f"port {port} of this host cannot be listened at (Address already in use); choose another one" in alone.lines[0]
+        f"port {port} of this host cannot be listened at (Address already in use); choose another, on" in alone.lines[0]
     )
 
 
