@@ -1,11 +1,11 @@
 """What quantised frozen weights cost in quality, and what they take: SmolLM2-135M on held-out texts.
 
-    python benchmarks/quantization.py                                          # about 20 minutes on two cores
+    python benchmarks/quantization.py                                          # 34 minutes on two busy cores
     python benchmarks/quantization.py --table --write-readme benchmarks/README.md       # the table of the last run
 
 For each way to keep and compute the weights: the loss, in nats a token, of every token behind the first of the test
-texts of packaged sets (movie reviews' sentences, then TREC's questions), as many whole texts of each as hold
-`--tokens` tokens; the seconds of a forward pass over a batch of 8 x 128 of these tokens, logits of all positions
+texts of packaged sets (movie reviews' sentences, then TREC's questions), each cut at 128 tokens, as many of each as
+hold `--tokens` tokens; the seconds of a forward pass over a batch of 8 x 128 of these tokens, logits of all positions
 included, layers scanned, the median of `--rounds` in which all ways take turns; the bytes of the weights.
 
 The loss needs no label and no template, so it is the model's own. In two more rows a quantised copy of the tied
@@ -49,7 +49,7 @@ Record = dict[str, Any]
 MODEL = "packaged:smollm2-135m-instruct"
 SETS = {"movie_sentiment": "text", "trec6": "question"}  # the column of the text
 BATCH, LENGTH = 8, 128
-WIDTHS = (16, 32, 64, LENGTH)  # that texts are padded to
+WIDTHS = (16, 32, LENGTH)  # that texts are padded to
 DEFAULT_OUTPUT = ROOT / "benchmarks" / "quantization.json"
 BEGIN, END = "<!-- quantization:begin -->", "<!-- quantization:end -->"
 
@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def first_texts(name: str, tokenizer: Any, tokens: int) -> list[np.ndarray]:
-    """Returns the first test texts of a packaged set, as token ids, that hold so many tokens; each has two or more."""
+    """Returns the first test texts of a packaged set, as at most `LENGTH` token ids each, that hold so many in all."""
     chosen: list[np.ndarray] = []
     for row in get_task(name).load().test:
         ids = np.asarray(tokenizer(str(row.values[SETS[name]]), add_special_tokens=False).input_ids, np.int32)[:LENGTH]

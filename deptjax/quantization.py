@@ -86,8 +86,8 @@ def is_quantized(leaf: Any) -> bool:
 def scheme_of(path: tuple[str, ...], scheme: str | None) -> str | None:
     """Returns the scheme of what lies at a path of a backbone's tree, `None` for what is not quantised.
 
-    Kernels are. A head of its own is so in int8 at most: in four bits it costs as much quality as all other kernels
-    together, in int8 next to none (benchmarks/README.md). Embedding tables are looked up, not multiplied, and a tied
+    Kernels are. A head of its own has int8 at least: NF4 there added 0.15 nats a token to SmolLM2-135M's loss, int8
+    0.003 at most (benchmarks/README.md). Embedding tables are looked up, not multiplied, and a tied
     one is the head as well; norms and biases are small.
     """
     if scheme is None or path[-1] != "kernel":
