@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cases, collectives, population, report
+from benchmarks import cases, collectives, population, quantization, report
 from deptjax.errors import UserError
 from deptjax.methods import rank_for_budget
 
@@ -219,6 +219,15 @@ def test_the_table_of_populations_is_of_the_stored_run() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     begin, end = population.BEGIN, population.END
     assert page.split(begin)[1].split(end)[0].strip() == population.markdown(population.load(population.DEFAULT_OUTPUT))
+
+
+def test_the_table_of_quantised_weights_is_of_the_stored_run() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    results = quantization.load(quantization.DEFAULT_OUTPUT)
+    own = page.split(quantization.BEGIN)[1].split(quantization.END)[0]
+    assert own.strip() == quantization.markdown(results)
+    measured = [(row["dtype"], row["quantize"], row["head"]) for row in results["rows"]]
+    assert measured == [(way.dtype, way.quantize, way.head) for way in quantization.WAYS]
 
 
 def test_a_population_is_compared_with_at_least_three_steps(capsys: pytest.CaptureFixture[str]) -> None:
