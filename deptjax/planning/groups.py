@@ -2,7 +2,8 @@
 
 HLO writes groups of partitions in three ways: `{{0,1},{2,3}}`; as an iota, `[2,4]<=[4,2]T(1,0)`, the numbers 0 to 7 in
 the shape (4, 2), transposed, cut into rows of four; and by the axes of a mesh, `mesh['a'=2,'b'=4] {'b'}`, where
-`'b':(2)2` is a part of an axis: of `b` as (2, 2) the second. A permutation has pairs, from one partition to another.
+`'b':(2)2` is a part of an axis: of `b` as (2, 2) the second. The partitions may stand in that mesh in another order:
+`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}` has 0 to 7 in the shape (2, 4), transposed. A permutation has pairs, from one partition to another.
 Partition i is the i-th device of the mesh, in the order of `mesh.devices.flat`.
 """
 
@@ -15,7 +16,9 @@ from collections.abc import Mapping
 import numpy as np
 
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[(.*?)\]\s*(?:\{([^}]*)\})?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[(.*?)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*(?:\{([^}]*)\})?"
+)
 _AXIS = re.compile(r"'([^']+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?\})\}")
 
@@ -53,7 +56,14 @@ def _groups(text: str, devices: int) -> list[list[int]]:
         return found
     by_axes = _MESH.search(text)
     if by_axes:
-        return _by_axes(by_axes[1], by_axes[2] or "")
+        mesh, shape_of_ids, order_of_ids, chosen = by_axes.groups()
+        places = _by_axes(mesh, chosen or "")
+        if shape_of_ids is None:
+            return places
+        sizes = _numbers(shape_of_ids)
+        order = _numbers(order_of_ids) if order_of_ids else list(range(len(sizes)))
+        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)
+        return [ids[group].tolist() for group in places]
     lists = re.search(r"replica_groups=\{(\{.*?\})\}", text)
     return _lists(lists[1]) if lists else [list(range(devices))]  # `{}` is all devices in one group
 

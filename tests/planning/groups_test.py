@@ -22,6 +22,8 @@ MESH = {"data": 2, "fsdp": 4, "model": 2}
         ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'a','c'}", (("data", "model"), 4)),
         ("replica_groups=mesh['a'=16] {'a':(2)4}", (("fsdp",), 4)),
         ("replica_groups=mesh['a'=16] {'a':(8)2}", (("model",), 2)),
+        ("replica_groups=mesh['a'=8,'b'=1,'c'=2], device_ids=([2,8]T(1,0)) {'c'}", (("data",), 2)),
+        ("replica_groups=mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}", (("fsdp", "model"), 8)),
         ("source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", (("fsdp",), 4)),
     ],
 )
