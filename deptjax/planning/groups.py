@@ -3,8 +3,10 @@
 HLO writes groups of partitions in three ways: `{{0,1},{2,3}}`; as an iota, `[2,4]<=[4,2]T(1,0)`, the numbers 0 to 7 in
 the shape (4, 2), transposed, cut into rows of four; and by the axes of a mesh, `mesh['a'=2,'b'=4] {'b'}`, where
 `'b':(2)2` is a part of an axis: of `b` as (2, 2) the second. The partitions may stand in that mesh in another order:
-`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}` has 0 to 7 in the shape (2, 4), transposed. A permutation has pairs, from one partition to another.
-Partition i is the i-th device of the mesh, in the order of `mesh.devices.flat`.
+`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}` has 0 to 7 in the shape (2, 4), transposed.
+
+A permutation has pairs, from one partition to another. Partition i is the i-th device of the mesh, in the order of
+`mesh.devices.flat`.
 """
 
 from __future__ import annotations
