@@ -29,10 +29,8 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("DEPTJAX_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
-    if debug:
-        os.environ["DEPTJAX_DEBUG"] = "1"  # for what aborts in C++ (`deptjax.watch`)
     try:
-        with _terminated():
+        with _terminated(), _debugging(debug):
             return command(words)
     except BrokenPipeError:
         # Python would complain once more when it flushes at exit.
@@ -47,6 +45,20 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None)
         if debug:
             traceback.print_exc()
         return _leave(*_told(error))
+
+
+@contextlib.contextmanager
+def _debugging(debug: bool) -> Iterator[None]:
+    """Tells what runs in C++ and its watch (`deptjax.watch`) of `--debug`; the environment is left as it was."""
+    if not debug:
+        yield
+        return
+    before = os.environ.get("DEPTJAX_DEBUG", "")
+    os.environ["DEPTJAX_DEBUG"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["DEPTJAX_DEBUG"] = before  # empty is unset
 
 
 def _leave(message: str, status: int) -> int:

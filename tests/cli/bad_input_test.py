@@ -295,6 +295,7 @@ def test_debug_shows_the_traceback(deptjax: Command, monkeypatch: pytest.MonkeyP
     ended = deptjax("train", "--debug")
     assert ended.status == 2
     assert "Traceback" in ended.err
+    assert "Traceback" not in deptjax("train").err, "one command's flag is not the next one's"
     monkeypatch.setenv("DEPTJAX_DEBUG", "1")
     assert "Traceback" in deptjax("train").err
 
