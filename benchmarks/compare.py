@@ -3,7 +3,7 @@
     python benchmarks/compare.py                                 # everything, about 25 minutes on two cores
     python benchmarks/compare.py --sections shared --steps 3     # a part of it
     python benchmarks/compare.py --resume                        # goes on where a run was interrupted
-    python benchmarks/compare.py --table --write-readme README.md    # from the results of the last run, no measurement
+    python benchmarks/compare.py --table --write-page README.md    # from the results of the last run, no measurement
 
 README.md beside this file says what is measured and how.
 """
@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
-import os
 import pathlib
-import platform
 import sys
 import time
 from typing import Any
@@ -26,42 +23,18 @@ if not __package__:  # run as a script
     sys.path[0] = str(ROOT)
 
 from benchmarks import cases, collectives, report  # noqa: E402
+from benchmarks.command import FORMAT, Benchmark, available_threads, machine, resumed, save, say  # noqa: E402
 from benchmarks.worker import WorkerError, built  # noqa: E402
 from deptjax.errors import UserError, nearest  # noqa: E402
 
 Record = dict[str, Any]
 COLLECTIVES = "collectives"  # the section that is compiled and counted, and not timed
 SECTIONS = (*cases.SECTIONS, COLLECTIVES)
-DEFAULT_OUTPUT = ROOT / "benchmarks" / "results.json"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measures, keeps the results, prints the table. Returns the exit status: 1 for a failure, 2 for a mistake."""
-    options = parse(argv)
-    try:
-        if options.table:
-            results = load(options.output)
-            failed: list[str] = []
-        else:
-            results, failed = measure(options)
-        text = report.markdown(results)
-        if options.write_readme is not None:
-            report.write_between_markers(options.write_readme, text)
-        print(text)
-    except UserError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; what was measured is in {options.output}. Go on with --resume.", file=sys.stderr)
-        return 130
-    for contest in failed:
-        print(f"compare: not measured: {contest}", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options of a command line."""
-    parser = argparse.ArgumentParser("compare.py", description=(__doc__ or "").split("\n")[0])
+    parser = COMPARE.parser(__doc__)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="only contests whose name holds TEXT, as 't5-small'")
     parser.add_argument(
@@ -71,40 +44,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scan", action="store_true", help="scan deptjax's layers: compiles sooner, may step slower")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it works; no real numbers")
     parser.add_argument("--resume", action="store_true", help="keep what --output already holds under equal settings")
-    parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT, help="JSON (default %(default)s)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of --output")
-    parser.add_argument("--write-readme", type=pathlib.Path, metavar="FILE", help="also put the table into this file")
     return parser.parse_args(argv)
 
 
-def available_threads() -> int:
-    """Returns the number of processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def load(path: pathlib.Path) -> Record:
-    """Returns the results in a file. Raises `UserError` when there are none."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; measure first, or name another --output")
-    try:
-        results = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it and measure again") from error
-    if results.get("format") != report.FORMAT:
-        raise UserError(f"{path} is not of format {report.FORMAT}; remove it and measure again")
-    return results
-
-
-def save(path: pathlib.Path, results: Record) -> None:
-    """Writes the results whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(path)
-
-
-def measure(options: argparse.Namespace) -> tuple[Record, list[str]]:
-    """Runs the contests that are asked for. Returns all results, and what went wrong in contests that failed."""
+def measure(options: argparse.Namespace) -> Record:
+    """Runs the contests that are asked for. Returns all results; those that failed have their `error` there."""
     sections = tuple(options.sections.split(","))
     for section in sections:
         if section not in SECTIONS:
@@ -122,32 +66,28 @@ def measure(options: argparse.Namespace) -> tuple[Record, list[str]]:
     if not todo and not counted:
         raise UserError(f"--only: no contest of {', '.join(sections)} has '{options.only}' in its name")
     settings = {"quick": options.quick, "threads": options.threads, "scan": options.scan}
-    results: Record = {"format": report.FORMAT, "settings": settings, "machine": machine(), "versions": {}}
+    results: Record = {"format": FORMAT, "settings": settings, "machine": machine(), "versions": {}}
     results["contests"] = {}
     if options.resume and options.output.exists():
-        found = load(options.output)
-        if found["settings"] != settings:
-            raise UserError(f"{options.output} was measured with {found['settings']}, not {settings}; drop --resume")
-        results = found
+        results = resumed(options.output, settings)
     kept = {c.key for c in todo if is_of(results["contests"].get(c.key), c)}
     if kept:
         say(f"kept from {options.output}: {len(kept)} of {len(todo)} contests")
     todo = [contest for contest in todo if contest.key not in kept]
-    failed = []
     if counted and not results.get(COLLECTIVES):
         say("compiling steps for eight devices, to count their collectives")
         try:
             results[COLLECTIVES] = collectives.measure()
-            save(options.output, results)
+            results["contests"].pop(COLLECTIVES, None)
         except RuntimeError as error:
-            failed.append(str(error))
+            results["contests"][COLLECTIVES] = {"section": COLLECTIVES, "title": COLLECTIVES, "error": str(error)}
+        save(options.output, results)
     clock = Clock(todo)
     for number, contest in enumerate(todo, 1):
         head = f"[{number}/{len(todo)}] {contest.key}"
         try:
             record = run(contest, options.threads, lambda what, head=head: say(f"{head}: {what}{clock.left()}"))
         except WorkerError as error:
-            failed.append(f"{contest.key}: {error}")
             record = {"section": contest.section, "title": contest.title, "error": str(error)}
         for entrant in record.get("entrants", ()):
             results["versions"].update(entrant.pop("versions"))
@@ -155,7 +95,12 @@ def measure(options: argparse.Namespace) -> tuple[Record, list[str]]:
         clock.done(contest)
         save(options.output, results)
     say(f"measured in {clock.elapsed() / 60:.1f} minutes; the numbers of every step are in {options.output}")
-    return results, failed
+    return results
+
+
+def failures(results: Record) -> list[str]:
+    """Returns a line for each contest that failed."""
+    return [f"{key}: {contest['error']}" for key, contest in results["contests"].items() if "error" in contest]
 
 
 def is_of(record: Record | None, contest: cases.Contest) -> bool:
@@ -214,26 +159,6 @@ def check_parameters(records: list[Record]) -> None:
             raise WorkerError(f"{method} trains {counts[method]} parameters on one side and {record['parameters']}")
 
 
-def machine() -> Record:
-    """Returns what the numbers depend on: processor, cores, memory, system, Python."""
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 class Clock:
     """How long is left, from the contests done and a guess of how the others compare with them."""
 
@@ -257,10 +182,7 @@ class Clock:
         return f" (about {max(math.ceil(minutes), 1)} min left)"
 
 
-def say(text: str) -> None:
-    """Prints a line of progress to stderr."""
-    print(text, file=sys.stderr, flush=True)
-
+COMPARE = Benchmark("compare", measure, report.markdown, failures)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMPARE.run(parse(None)))

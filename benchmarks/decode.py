@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py                                  # everything, about 10 minutes on two cores
     python benchmarks/decode.py --only "t5-small source 64"      # contests whose name holds a text
-    python benchmarks/decode.py --table --write-readme README.md # from the results of the last run, no measurement
+    python benchmarks/decode.py --table --write-page README.md # from the results of the last run, no measurement
 
 Greedy decoding of 20 new tokens for a batch of 8, float32, random weights: without a prompt, with 100 vectors of prompt
 tuning, with DePT m=20, and with a task of its own for every row. README.md beside this file says how it is measured.
@@ -20,44 +20,22 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script
     sys.path[0] = str(ROOT)
 
-from benchmarks import compare, report  # noqa: E402
+from benchmarks import report  # noqa: E402
+from benchmarks.command import FORMAT, Benchmark, available_threads, machine, save, say  # noqa: E402
 from benchmarks.decode_cases import BATCH, MIXED, NEW_TOKENS, TITLES, Contest, contests  # noqa: E402
 from benchmarks.worker import WorkerError, built  # noqa: E402
 from deptjax.errors import UserError  # noqa: E402
 
 Record = dict[str, Any]
-DEFAULT_OUTPUT = ROOT / "benchmarks" / "decode.json"
-BEGIN, END = "<!-- decode:begin -->", "<!-- decode:end -->"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measures, keeps the results, prints the table. Returns the exit status: 1 for a failure, 2 for a mistake."""
-    options = parse(argv)
-    try:
-        results = compare.load(options.output) if options.table else measure(options)
-        text = markdown(results)
-        if options.write_readme is not None:
-            report.write_between_markers(options.write_readme, text, BEGIN, END)
-        print(text)
-    except (UserError, WorkerError) as error:
-        print(f"decode: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options of a command line."""
-    parser = argparse.ArgumentParser("decode.py", description=(__doc__ or "").split("\n")[0])
+    parser = DECODE.parser(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only contests whose name holds TEXT")
     parser.add_argument("--rounds", type=int, help="timed batches of each side (default 5 to 7)")
-    parser.add_argument("--threads", type=int, default=compare.available_threads(), help="of each side (%(default)s)")
+    parser.add_argument("--threads", type=int, default=available_threads(), help="of each side (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it works; no real numbers")
-    parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT, help="JSON (default %(default)s)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of --output")
-    parser.add_argument("--write-readme", type=pathlib.Path, metavar="FILE", help="also put the table into this file")
     return parser.parse_args(argv)
 
 
@@ -67,15 +45,15 @@ def measure(options: argparse.Namespace) -> Record:
     if not todo:
         raise UserError(f"--only: no contest has '{options.only}' in its name")
     settings = {"quick": options.quick, "threads": options.threads}
-    results: Record = {"format": report.FORMAT, "settings": settings, "machine": compare.machine(), "versions": {}}
+    results: Record = {"format": FORMAT, "settings": settings, "machine": machine(), "versions": {}}
     results["contests"] = {}
     for number, contest in enumerate(todo, 1):
         head = f"[{number}/{len(todo)}] {contest.key}"
-        record = run(contest, options.threads, lambda what, head=head: compare.say(f"{head}: {what}"))
+        record = run(contest, options.threads, lambda what, head=head: say(f"{head}: {what}"))
         for decoder in record["decoders"]:
             results["versions"].update(decoder.pop("versions"))
         results["contests"][contest.key] = record
-        compare.save(options.output, results)
+        save(options.output, results)
     return results
 
 
@@ -150,5 +128,7 @@ def _aims(results: Record) -> list[str]:
     return lines
 
 
+DECODE = Benchmark("decode", measure, markdown)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(DECODE.run(parse(None)))

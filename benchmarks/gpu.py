@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --only "llama2-7b"     # contests whose name holds a text
     python benchmarks/gpu.py --check                # are the numbers right on this device?
     python benchmarks/gpu.py --quick                # a smoke test on tiny models, on the CPU
-    python benchmarks/gpu.py --table --write-docs docs/performance.md      # from the last results, no measurement
+    python benchmarks/gpu.py --table --write-page docs/performance.md      # from the last results, no measurement
 
 README.md beside this file says what is measured and how.
 """
@@ -30,9 +30,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script
     sys.path[0] = str(ROOT)
 
-from benchmarks import gpu_cases, gpu_report, report  # noqa: E402
+from benchmarks import gpu_cases, gpu_report  # noqa: E402
 from benchmarks.cases import Contest, Entrant  # noqa: E402
-from benchmarks.compare import available_threads, check_parameters, load, machine, save, say  # noqa: E402
+from benchmarks.command import FORMAT, Benchmark, available_threads, machine, resumed, save, say  # noqa: E402
+from benchmarks.compare import check_parameters  # noqa: E402
 from benchmarks.matmul import Products  # noqa: E402
 from benchmarks.worker import NoAnswerYet, OutOfMemory, Worker, WorkerError, environment_of  # noqa: E402
 from deptjax.errors import UserError, nearest  # noqa: E402
@@ -40,7 +41,6 @@ from deptjax.models.fused_attention import IMPLEMENTATIONS  # noqa: E402
 from deptjax.models.remat import REMAT  # noqa: E402
 
 Record = dict[str, Any]
-DEFAULT_OUTPUT = ROOT / "benchmarks" / "gpu.json"
 TORCH = ("torch", "transformers", "peft")
 RATE_TURNS = 9  # turns of products, of which the median counts
 SPARE = 5.0  # seconds of the limit for ending the processes and writing the results
@@ -49,29 +49,12 @@ SPARE = 5.0  # seconds of the limit for ending the processes and writing the res
 def main(argv: list[str] | None = None) -> int:
     """Measures, keeps the results, prints the table. Returns the exit status: 1 for a failure, 2 for a mistake."""
     options = parse(argv)
-    try:
-        if options.check:
-            return check(options)
-        results = load(options.output) if options.table else measure(options)
-        text = gpu_report.markdown(results)
-        if options.write_docs is not None:
-            report.write_between_markers(options.write_docs, text, gpu_report.BEGIN, gpu_report.END)
-        print(text)
-    except UserError as error:
-        print(f"gpu: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; what was measured is in {options.output}. Go on with --resume.", file=sys.stderr)
-        return 130
-    failed = gpu_report.failures(results)
-    for line in failed:
-        print(f"gpu: not measured: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return check(options) if options.check else GPU.run(options)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options of a command line."""
-    parser = argparse.ArgumentParser("gpu.py", description=(__doc__ or "").split("\n")[0])
+    parser = GPU.parser(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only contests whose name holds TEXT, as 't5-3b'")
     parser.add_argument("--steps", type=int, help="timed turns of each side (default 5; tiny models 2)")
     parser.add_argument("--limit-s", type=float, metavar="SECONDS", help="stop before so many seconds are over")
@@ -86,9 +69,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it works; no real numbers")
     parser.add_argument("--check", action="store_true", help="measure nothing: compare results with those of the CPU")
     parser.add_argument("--resume", action="store_true", help="keep what --output already holds under equal settings")
-    parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT, help="JSON (default %(default)s)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of --output")
-    parser.add_argument("--write-docs", type=pathlib.Path, metavar="FILE", help="also put the table into this file")
     options = parser.parse_args(argv)
     options.device = options.device or ("cpu" if options.quick else "gpu")
     return options
@@ -167,12 +147,10 @@ def plan(options: argparse.Namespace) -> tuple[list[Contest], Record]:
     if not todo:
         raise UserError(f"--only: no contest has '{options.only}' in its name")
     settings = {"quick": options.quick, "device": options.device}
-    results: Record = {"format": report.FORMAT, "settings": settings, "machine": machine(), "versions": {}}
+    results: Record = {"format": FORMAT, "settings": settings, "machine": machine(), "versions": {}}
     results.update(device=None, contests={}, no_torch="left out" if options.no_torch else ", ".join(missing))
     if options.resume and options.output.exists():
-        found = load(options.output)
-        if found["settings"] != settings:
-            raise UserError(f"{options.output} was measured with {found['settings']}, not {settings}; drop --resume")
+        found = resumed(options.output, settings)
         results = {**results, "versions": found["versions"], "contests": found["contests"], "device": found["device"]}
     return todo, results
 
@@ -312,8 +290,11 @@ def check(options: argparse.Namespace) -> int:
             command, cwd=ROOT, env=environment_of(options.device), timeout=options.limit_s, check=False
         ).returncode
     except subprocess.TimeoutExpired:
-        raise UserError(f"--limit-s {options.limit_s:g} was over before all checks were done; raise it") from None
+        say(f"gpu: error: --limit-s {options.limit_s:g} was over before all checks were done; raise it")
+        return 2
 
+
+GPU = Benchmark("gpu", measure, gpu_report.markdown, gpu_report.failures)
 
 if __name__ == "__main__":
     sys.exit(main())

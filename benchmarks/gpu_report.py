@@ -8,7 +8,6 @@ from typing import Any
 from benchmarks.cases import TITLES
 from benchmarks.report import Aim, aim_line
 
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 # What stands in the docs while there are no results.
 NOT_RUN = (
     "Not run yet: no accelerator was at hand. The command is known to work from end to end on a CPU, on tiny models,\n"

@@ -2,7 +2,7 @@
 
     python benchmarks/population.py                              # SmolLM2-135M on TREC-6, about 15 minutes on two cores
     python benchmarks/population.py --model t5-small --rounds 3  # T5-small's shape with random weights
-    python benchmarks/population.py --table --write-readme README.md       # the table of the last run
+    python benchmarks/population.py --table --write-page benchmarks/README.md  # the table of the last run
 
 Both sides are the public functions, `train_population` and `train`, on the same rows with the same nine pairs (the grid
 of DePT's authors is three rates of the prompt by three of the low-rank pair), each side in a process of its own, in
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script
     sys.path[0] = str(ROOT)
 
-from benchmarks import report  # noqa: E402
+from benchmarks.command import Benchmark, save, say  # noqa: E402
 from benchmarks.worker import OtherWork, memory_mib, reset_peak  # noqa: E402
 from deptjax.errors import UserError  # noqa: E402
 
@@ -35,8 +35,6 @@ Record = dict[str, Any]
 SIDES = ("population", "single")
 TITLES = {"population": "one population of nine", "single": "nine runs"}
 MODELS = ("smollm2", "t5-small", "llama-tiny", "t5-tiny")
-DEFAULT_OUTPUT = ROOT / "benchmarks" / "population.json"
-BEGIN, END = "<!-- population:begin -->", "<!-- population:end -->"
 EARLY = 3  # the step whose losses are compared, beside the last one's
 BY = (1 / 3, 1.0, 3.0)  # around each default rate
 
@@ -47,49 +45,30 @@ def main(argv: list[str] | None = None) -> int:
     if options.side:
         print(json.dumps(run_side(options)))
         return 0
-    try:
-        if options.steps < EARLY:
-            raise UserError(f"--steps is {options.steps}; it must be at least {EARLY}")
-        results = load(options.output) if options.table else measure(options)
-        text = markdown(results)
-        if options.write_readme is not None:
-            report.write_between_markers(options.write_readme, text, BEGIN, END)
-        print(text)
-    except UserError as error:
-        print(f"population: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return POPULATION.run(options)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options of a command line."""
-    parser = argparse.ArgumentParser("population.py", description=(__doc__ or "").split("\n")[0])
+    parser = POPULATION.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="default %(default)s, with its real weights")
     parser.add_argument("--task", default="trec6", help="a registered task with labels (default %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="of each run, at least 3 (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a member (default %(default)s)")
     parser.add_argument("--buckets", type=int, default=2, help="padded lengths, each a program (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="how often both sides run (default %(default)s)")
-    parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT, help="JSON (default %(default)s)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of --output")
-    parser.add_argument("--write-readme", type=pathlib.Path, metavar="FILE", help="also put the table into this file")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def load(path: pathlib.Path) -> Record:
-    """Returns the results in a file. Raises `UserError` when there are none."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; measure first, or name another --output")
-    return json.loads(path.read_text())
-
-
 def measure(options: argparse.Namespace) -> Record:
     """Runs both sides in turn, and begins with another in every round; writes the results and returns them."""
+    if options.steps < EARLY:
+        raise UserError(f"--steps is {options.steps}; it must be at least {EARLY}")
     runs: dict[str, list[Record]] = {side: [] for side in SIDES}
     for number in range(options.rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            print(f"round {number + 1} of {options.rounds}: {TITLES[side]}", file=sys.stderr)
+            say(f"round {number + 1} of {options.rounds}: {TITLES[side]}")
             flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in COMMON]
             command = [sys.executable, str(pathlib.Path(__file__)), f"--side={side}", *flags]
             ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
@@ -97,7 +76,7 @@ def measure(options: argparse.Namespace) -> Record:
                 raise UserError(f"the side '{side}' ended with status {ended.returncode}; what it said is above")
             runs[side].append(json.loads(ended.stdout.splitlines()[-1]))
         results = {**{name: getattr(options, name) for name in COMMON}, "runs": runs}
-        options.output.write_text(json.dumps(results, indent=1) + "\n")  # what is measured is kept, round by round
+        save(options.output, results)  # what is measured is kept, round by round
     return results
 
 
@@ -238,6 +217,8 @@ def markdown(results: Record) -> str:
     ]
     return "\n".join(lines)
 
+
+POPULATION = Benchmark("population", measure, markdown)
 
 if __name__ == "__main__":
     sys.exit(main())

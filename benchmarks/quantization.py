@@ -1,7 +1,7 @@
 """What quantised frozen weights cost in quality, and what they take: SmolLM2-135M on held-out texts.
 
     python benchmarks/quantization.py                                          # 34 minutes on two busy cores
-    python benchmarks/quantization.py --table --write-readme benchmarks/README.md       # the table of the last run
+    python benchmarks/quantization.py --table --write-page benchmarks/README.md         # the table of the last run
 
 For each way to keep and compute the weights: the loss, in nats a token, of every token behind the first of the test
 texts of packaged sets (movie reviews' sentences, then TREC's questions), each cut at 128 tokens, as many of each as
@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -36,7 +35,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks import report  # noqa: E402
+from benchmarks.command import Benchmark, save, say  # noqa: E402
 from benchmarks.worker import OtherWork  # noqa: E402
 from deptjax.data.tasks import get_task  # noqa: E402
 from deptjax.errors import UserError  # noqa: E402
@@ -50,8 +49,6 @@ MODEL = "packaged:smollm2-135m-instruct"
 SETS = {"movie_sentiment": "text", "trec6": "question"}  # the column of the text
 BATCH, LENGTH = 8, 128
 WIDTHS = (16, 32, LENGTH)  # that texts are padded to
-DEFAULT_OUTPUT = ROOT / "benchmarks" / "quantization.json"
-BEGIN, END = "<!-- quantization:begin -->", "<!-- quantization:end -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,37 +73,12 @@ WAYS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures, keeps the results, prints the table. Returns the exit status."""
-    options = parse(argv)
-    try:
-        results = load(options.output) if options.table else measure(options)
-        text = markdown(results)
-        if options.write_readme is not None:
-            report.write_between_markers(options.write_readme, text, BEGIN, END)
-        print(text)
-    except UserError as error:
-        print(f"quantization: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options of a command line."""
-    parser = argparse.ArgumentParser("quantization.py", description=(__doc__ or "").split("\n")[0])
+    parser = QUANTIZATION.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=5000, help="of each set, at least (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed forward passes (default %(default)s)")
-    parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT, help="JSON (default %(default)s)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of --output")
-    parser.add_argument("--write-readme", type=pathlib.Path, metavar="FILE", help="also put the table into this file")
     return parser.parse_args(argv)
-
-
-def load(path: pathlib.Path) -> Record:
-    """Returns the results in a file. Raises `UserError` when there are none."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; measure first, or name another --output")
-    return json.loads(path.read_text())
 
 
 def measure(options: argparse.Namespace) -> Record:
@@ -123,7 +95,7 @@ def measure(options: argparse.Namespace) -> Record:
             losses = {name: loss(backbone, rows_of) for name, rows_of in texts.items()}
             rows.append({**dataclasses.asdict(way), "losses": losses, "nbytes": backbone.nbytes})
             passes.append(forward_pass(backbone, batch))
-            print(way, losses, backbone.nbytes, file=sys.stderr)
+            say(f"{way} {losses} {backbone.nbytes}")
         for way, seconds in zip(rows, in_turn(passes, options.rounds), strict=True):
             way["seconds"] = seconds
     results = {
@@ -138,7 +110,7 @@ def measure(options: argparse.Namespace) -> Record:
         "others": others.share,
         "rows": rows,
     }
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    save(options.output, results)
     return results
 
 
@@ -243,5 +215,7 @@ def markdown(results: Record) -> str:
     return "\n".join(lines)
 
 
+QUANTIZATION = Benchmark("quantization", measure, markdown)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(QUANTIZATION.run(parse(None)))

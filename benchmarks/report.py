@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import statistics
 from typing import Any
 
 from benchmarks import collectives
 from benchmarks.cases import TITLES
-from deptjax.errors import UserError
 
-FORMAT = 1  # of results.json
 QUIET = 0.1  # share of the machine that others may use before the table says so
-BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 Record = dict[str, Any]
 
 _HEADS = {
@@ -131,17 +127,6 @@ def markdown(results: Record) -> str:
     if not results["settings"]["quick"] and results["contests"]:
         parts += ["### Aims", "\n".join(map(aim_line, aims(results)))]
     return "\n\n".join(parts)
-
-
-def write_between_markers(path: pathlib.Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Replaces what stands between the two markers in a file. Raises `UserError` when they are not there once each."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; name a file that holds {begin} and {end}")
-    old = path.read_text(encoding="utf-8")
-    if old.count(begin) != 1 or old.count(end) != 1 or old.index(end) < old.index(begin):
-        raise UserError(f"{path} must hold the lines {begin} and {end} once each, in this order; add them")
-    before, rest = old.split(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def _conditions(results: Record) -> str:

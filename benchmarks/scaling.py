@@ -1,7 +1,7 @@
 """What training takes on slices of TPUs that were not there: compiled, counted, written down, drawn.
 
     python benchmarks/scaling.py               compile what scaling.json lacks (hours on a small machine), then draw
-    python benchmarks/scaling.py --tables      the tables of docs/scaling.md and the plot, of what is there
+    python benchmarks/scaling.py --table       the tables of docs/scaling.md and the plot, of what is there
 
 Each case is a call of `deptjax.planning.make_plan`: the real training step, compiled by the real compiler of the chip.
 Nothing is run, so nothing here is a measurement of speed. `benchmarks/scaling.json` grows case by case: a run that is
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import pathlib
 import sys
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 if not __package__:  # run as a script
     sys.path[0] = str(HERE.parent)
 
-from benchmarks.report import write_between_markers  # noqa: E402
+from benchmarks.command import Benchmark, load, save, say  # noqa: E402
 from deptjax.methods import method_from_config  # noqa: E402
 from deptjax.models.sizes import SIZES  # noqa: E402
 from deptjax.planning import CHIPS, Rows, make_plan, tpu_devices  # noqa: E402
@@ -31,7 +30,7 @@ from deptjax.planning.table import duration, markdown, size  # noqa: E402
 from deptjax.sharding import Placement  # noqa: E402
 from deptjax.training.config import TrainConfig  # noqa: E402
 
-RESULTS, PLOT = HERE / "scaling.json", HERE.parent / "docs" / "scaling.svg"
+PLOT = HERE.parent / "docs" / "scaling.svg"
 LENGTH, TARGETS = 256, 8
 ROWS_PER_CHIP = {"v5e": 4, "v5p": 16}
 
@@ -95,21 +94,15 @@ def compiled(case: Case) -> dict[str, Any]:
     return {**dataclasses.asdict(case), "versions": versions, "plan": plan.to_json()}
 
 
-def load() -> dict[str, Any]:
-    """Returns the results that are there, by the key of their case."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def run_missing() -> None:
-    """Compiles the cases that have no result, and writes each down when it is done."""
-    results = load()
-    for case in cases():
-        if case.key in results:
-            continue
-        print(case.key, end=" ... ", file=sys.stderr, flush=True)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Compiles the cases that have no result, and writes each down when it is done. Returns all, by their key."""
+    results = load(options.output) if options.output.exists() else {}
+    missing = [case for case in cases() if case.key not in results]
+    for number, case in enumerate(missing, 1):
         results[case.key] = compiled(case)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{results[case.key]['plan']['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
+        save(options.output, results)
+        say(f"[{number}/{len(missing)}] {case.key}: {results[case.key]['plan']['compile_seconds']:.0f} s")
+    return results
 
 
 def table(found: Iterable[dict[str, Any]]) -> str:
@@ -199,21 +192,17 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join([*told, *parts, saved, plot])
 
 
-def main() -> None:
-    """Compiles what is missing, unless `--tables` is given, and prints the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tables", action="store_true", help="compile nothing")
-    parser.add_argument("--write-docs", type=pathlib.Path, metavar="FILE", help="put the tables into this file")
-    options = parser.parse_args()
-    if not options.tables:
-        run_missing()
-    results = load()
-    text = tables(results)
-    print(text)
-    if options.write_docs is not None:
-        write_between_markers(options.write_docs, text, "<!-- scaling:begin -->", "<!-- scaling:end -->")
-    draw(results)
+SCALING = Benchmark("scaling", measure, tables)
+
+
+def main() -> int:
+    """Compiles what is missing, unless `--table` is given, prints the tables and draws the plot."""
+    options = SCALING.parser(__doc__).parse_args()
+    status = SCALING.run(options)
+    if not status:
+        draw(load(options.output))
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

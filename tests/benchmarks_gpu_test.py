@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import pytest
 
 from benchmarks import cases, gpu, gpu_cases, gpu_check, gpu_report, jax_side
+from benchmarks.command import load
 from benchmarks.jax_side import make_config
 from benchmarks.worker import is_out_of_memory
 from deptjax.methods import Vocabulary
@@ -23,27 +21,16 @@ from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
 from deptjax.training.state import count_parameters
 from deptjax.training.step import make_loss
+from tests.benchmarks_process import ROOT, run_benchmark, table_in
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTEST = "gpu llama-tiny 2x8 lora8"
-
-
-def run_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the benchmark as a user does."""
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-    command = [sys.executable, "benchmarks/gpu.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
     """Returns the results file and the printed table of a quick run of one contest."""
     output = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    run = run_gpu("--quick", "--only", "llama-tiny", "--output", str(output))
+    run = run_benchmark("gpu", "--quick", "--only", "llama-tiny", "--output", str(output))
     assert run.returncode == 0, run.stderr
     return output, run.stdout
 
@@ -76,7 +63,7 @@ def test_the_table_has_a_row_for_each_side_and_warns_of_tiny_models(measured: tu
     assert "(compiled, sdpa)" in rows[2]
     assert "these numbers mean nothing" in table
     assert "utilisation in every row" not in table
-    again = run_gpu("--table", "--output", str(measured[0]))
+    again = run_benchmark("gpu", "--table", "--output", str(measured[0]))
     assert (again.returncode, again.stdout) == (0, table)
 
 
@@ -84,14 +71,14 @@ def test_a_limit_of_time_keeps_what_was_measured(measured: tuple[pathlib.Path, s
     output, page = tmp_path / "gpu.json", tmp_path / "page.md"
     output.write_bytes(measured[0].read_bytes())
     page.write_text((ROOT / "docs" / "performance.md").read_text())
-    arguments = ("--quick", "--resume", "--limit-s", str(gpu.SPARE + 0.1), "--write-docs", str(page))
-    run = run_gpu(*arguments, "--output", str(output))
+    arguments = ("--quick", "--resume", "--limit-s", str(gpu.SPARE + 0.1), "--write-page", str(page))
+    run = run_benchmark("gpu", *arguments, "--output", str(output))
     assert run.returncode == 0, run.stderr
     assert "kept from" in run.stderr
     assert "1 of 3 contests" in run.stderr
     assert "stopped before the limit of 5.1 s" in run.stderr
     assert json.loads(output.read_text())["contests"] == json.loads(measured[0].read_text())["contests"]
-    assert "| llama-tiny, 2 x 8 |" in page.read_text().split(gpu_report.BEGIN)[1].split(gpu_report.END)[0]
+    assert "| llama-tiny, 2 x 8 |" in table_in(page, gpu.GPU)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +199,10 @@ def test_a_row_has_medians_tokens_and_utilisation() -> None:
 
 
 def test_the_docs_have_the_table_of_the_stored_run_or_say_that_there_is_none() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text()
-    stored = gpu.DEFAULT_OUTPUT
-    wanted = gpu_report.markdown(gpu.load(stored)) if stored.exists() else gpu_report.NOT_RUN
-    assert page.split(gpu_report.BEGIN)[1].split(gpu_report.END)[0].strip() == wanted
+    page = ROOT / "docs" / "performance.md"
+    stored = gpu.GPU.output
+    wanted = gpu_report.markdown(load(stored)) if stored.exists() else gpu_report.NOT_RUN
+    assert table_in(page, gpu.GPU) == wanted
 
 
 def test_what_is_planned_is_what_is_promised() -> None:

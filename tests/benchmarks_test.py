@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
-from benchmarks import cases, collectives, population, quantization, report
+from benchmarks import cases, collectives, decode, population, quantization, report, scaling
+from benchmarks.command import FORMAT, Benchmark, load, write_between
+from benchmarks.compare import COMPARE
 from deptjax.errors import UserError
 from deptjax.methods import rank_for_budget
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def compare(*arguments: str, script: str = "benchmarks/compare.py") -> subprocess.CompletedProcess[str]:
-    """Runs a benchmark as a user does."""
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-    command = [sys.executable, script, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+from tests.benchmarks_process import ROOT, run_benchmark, table_in
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
     """Returns the results file and the printed table of a quick run of one section."""
     output = tmp_path_factory.mktemp("benchmarks") / "results.json"
-    run = compare("--quick", "--sections", "shared", "--steps", "2", "--output", str(output))
+    run = run_benchmark("compare", "--quick", "--sections", "shared", "--steps", "2", "--output", str(output))
     assert run.returncode == 0, run.stderr
     return output, run.stdout
 
@@ -72,7 +58,7 @@ def test_resume_keeps_what_was_measured(measured: tuple[pathlib.Path, str], tmp_
     output = tmp_path / "results.json"
     output.write_bytes(measured[0].read_bytes())
     options = ("--quick", "--sections", "shared,buckets", "--steps", "2", "--output", str(output))
-    run = compare(*options, "--resume")
+    run = run_benchmark("compare", *options, "--resume")
     assert run.returncode == 0, run.stderr
     assert entrants(output, "shared llama-tiny pt100") == entrants(measured[0], "shared llama-tiny pt100")
     found = entrants(output, "buckets synthetic")
@@ -82,14 +68,14 @@ def test_resume_keeps_what_was_measured(measured: tuple[pathlib.Path, str], tmp_
     assert bucketed["programs"] == 3
     assert padded["programs"] == 1
 
-    run = compare(*options, "--resume", "--scan")
+    run = run_benchmark("compare", *options, "--resume", "--scan")
     assert run.returncode == 2
     assert "drop --resume" in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
 
 
 def test_a_table_without_results_is_a_mistake_in_one_line(tmp_path: pathlib.Path) -> None:
-    run = compare("--table", "--output", str(tmp_path / "none.json"))
+    run = run_benchmark("compare", "--table", "--output", str(tmp_path / "none.json"))
     assert run.returncode == 2
     assert run.stderr.startswith("compare: error:")
     assert len(run.stderr.strip().splitlines()) == 1
@@ -118,7 +104,7 @@ def made_up_results(prompt: float, dept: float, torch: float) -> dict[str, Any]:
         entrant("torch", "t5-small", "dept20", torch),
     ]
     return {
-        "format": report.FORMAT,
+        "format": FORMAT,
         "settings": {"quick": False, "threads": 2, "scan": False},
         "machine": {"cpu": "a processor", "date": "2030-01-02", "python": "3.11.0"},
         "versions": {"jax": "1.2.3"},
@@ -157,13 +143,14 @@ def test_a_busy_machine_is_said() -> None:
 
 def test_the_readme_changes_between_its_markers_only(tmp_path: pathlib.Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.write_between_markers(readme, "new")
-    assert readme.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    for text in ("no markers", f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}\n{report.BEGIN}\n{report.END}"):
+    begin, end = COMPARE.markers
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    write_between(readme, "new", begin, end)
+    assert readme.read_text() == f"before\n{begin}\nnew\n{end}\nafter\n"
+    for text in ("no markers", f"{end}\n{begin}", f"{begin}\n{begin}\n{end}"):
         readme.write_text(text)
         with pytest.raises(UserError, match="once each"):
-            report.write_between_markers(readme, "new")
+            write_between(readme, "new", begin, end)
         assert readme.read_text() == text
 
 
@@ -196,7 +183,7 @@ def test_decoding_is_compared_in_one_run(tmp_path: pathlib.Path) -> None:
     output, page = tmp_path / "decode.json", tmp_path / "page.md"
     page.write_text("before\n<!-- decode:begin -->\nold\n<!-- decode:end -->\nafter\n")
     arguments = ("--quick", "--only", "llama-tiny", "--rounds", "2", "--output", str(output))
-    run = compare(*arguments, "--write-readme", str(page), script="benchmarks/decode.py")
+    run = run_benchmark("decode", *arguments, "--write-page", str(page))
     assert run.returncode == 0, run.stderr
     (contest,) = json.loads(output.read_text())["contests"].values()
     assert [decoder["name"] for decoder in contest["decoders"] if "mixed" in decoder["name"]] == [
@@ -209,23 +196,29 @@ def test_decoding_is_compared_in_one_run(tmp_path: pathlib.Path) -> None:
     rows = [line for line in run.stdout.splitlines() if line.startswith("| llama-tiny, 8 |")]
     assert len(rows) == 5
     assert sum("cannot" in row for row in rows) == 2
-    again = compare("--table", "--output", str(output), script="benchmarks/decode.py")
+    again = run_benchmark("decode", "--table", "--output", str(output))
     assert again.stdout == run.stdout
-    wrong = compare("--only", "gpt", "--output", str(output), script="benchmarks/decode.py")
+    wrong = run_benchmark("decode", "--only", "gpt", "--output", str(output))
     assert (wrong.returncode, wrong.stderr.strip()) == (2, "decode: error: --only: no contest has 'gpt' in its name")
 
 
-def test_the_table_of_populations_is_of_the_stored_run() -> None:
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    begin, end = population.BEGIN, population.END
-    assert page.split(begin)[1].split(end)[0].strip() == population.markdown(population.load(population.DEFAULT_OUTPUT))
+@pytest.mark.parametrize(
+    ("benchmark", "page"),
+    [
+        (COMPARE, "README.md"),
+        (decode.DECODE, "README.md"),
+        (population.POPULATION, "benchmarks/README.md"),
+        (quantization.QUANTIZATION, "benchmarks/README.md"),
+        (scaling.SCALING, "docs/scaling.md"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_table_is_of_the_stored_run(benchmark: Benchmark, page: str) -> None:
+    assert table_in(ROOT / page, benchmark) == benchmark.markdown(load(benchmark.output))
 
 
-def test_the_table_of_quantised_weights_is_of_the_stored_run() -> None:
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    results = quantization.load(quantization.DEFAULT_OUTPUT)
-    own = page.split(quantization.BEGIN)[1].split(quantization.END)[0]
-    assert own.strip() == quantization.markdown(results)
+def test_every_way_of_quantising_was_measured() -> None:
+    results = load(quantization.QUANTIZATION.output)
     measured = [(row["dtype"], row["quantize"], row["head"]) for row in results["rows"]]
     assert measured == [(way.dtype, way.quantize, way.head) for way in quantization.WAYS]
 
@@ -238,7 +231,7 @@ def test_a_population_is_compared_with_at_least_three_steps(capsys: pytest.Captu
 def test_devices_send_each_other_what_is_expected_and_no_more(tmp_path: pathlib.Path) -> None:
     """Compiled for eight devices: all-gathers of weights only where they are split, sums of activations likewise."""
     output = tmp_path / "results.json"
-    run = compare("--sections", "collectives", "--output", str(output))
+    run = run_benchmark("compare", "--sections", "collectives", "--output", str(output))
     assert run.returncode == 0, run.stderr
     records = json.loads(output.read_text())["collectives"]
     assert len(records) == 2 * 3 * 3
