@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deptjax.methods.base import SITE, Method
+from deptjax.methods.base import SITE, Method, Texts, input_parameters
 from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import parameter_shapes
 from deptjax.products import product_flops
@@ -209,12 +209,12 @@ def _input_site(tally: _Tally, method: Method, width: int, batch: BatchShape) ->
         return _Front()
 
     def streams(params: Tree, embeds: Any) -> Any:
-        return fill.apply({"params": params}, embeds, method="streams")
+        return fill.apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
 
     embeds = jax.ShapeDtypeStruct((batch.rows, batch.source, width), jnp.float32)
-    params = jax.eval_shape(lambda key: fill.init(key, jnp.zeros((1, 1, width)), method="streams"), jax.random.key(0))
-    closed, (prompt, _) = jax.make_jaxpr(streams, return_shape=True)(params["params"], embeds)
-    own = product_flops(streams, params["params"], embeds)
+    params = jax.eval_shape(lambda key: input_parameters(method, key, width), jax.random.key(0))
+    closed, (prompt, _) = jax.make_jaxpr(streams, return_shape=True)(params, embeds)
+    own = product_flops(streams, params, embeds)
     tally.forward, tally.weight_gradient = tally.forward + own, tally.weight_gradient + 2 * own
     unchanged = closed.jaxpr.outvars[-1] is closed.jaxpr.invars[-1]
     if prompt is None:

@@ -4,7 +4,7 @@ A *site* is a named place in a backbone where a method may act:
 
 | site        | where                                   | what fills it is called as                                 |
 |-------------|-----------------------------------------|------------------------------------------------------------|
-| `input`     | after the embedding, before block 0     | `streams(embeds, positions) -> (prompt or None, embeds)`   |
+| `input`     | after the embedding, before block 0     | `streams(embeds, texts) -> (prompt or None, embeds)`       |
 | `linear`    | beside a projection                     | `module(x, y) -> y`, where `y = x @ kernel`                |
 | `attention` | beside the keys and values of a layer   | `module() -> (keys, values)`, each (P, K, H)               |
 | `residual`  | after a sub-layer, before the sum       | `module(y) -> y`                                           |
@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
 from deptjax.mesh import Axes
@@ -57,10 +58,30 @@ class ResidualSite:
     width: int
 
 
+class Texts(NamedTuple):
+    """What the input site is told of the texts whose embeddings it is given.
+
+    Attributes:
+      mask: (B, T) bool, which columns hold a real token.
+      positions: (B, T) int32, each token's index in its own text, -1 for padding; `None` says that column i holds
+        token i, and that padding comes last.
+      encoding: (B, H), what the method's encoder makes of each text; `None` for a method without one.
+    """
+
+    mask: Array
+    positions: Array | None = None
+    encoding: Array | None = None
+
+    @classmethod
+    def whole(cls, embeds: Array, encoding: Array | None = None) -> Texts:
+        """Returns what is to be said of embeddings (B, T, D) that are all of real tokens."""
+        return cls(jnp.ones(embeds.shape[:2], bool), None, encoding)
+
+
 class InputModule(Protocol):
     """What fills the input site: see `InputMethod.streams`."""
 
-    def streams(self, embeds: Array, positions: Array | None = None) -> tuple[Array | None, Array]: ...
+    def streams(self, embeds: Array, texts: Texts) -> tuple[Array | None, Array]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +109,12 @@ class Vocabulary(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
+def input_parameters(method: Method, key: Key, width: int) -> Tree:
+    """Returns the parameters of what fills the input site for embeddings of a width, as Linen makes them."""
+    fill, embeds = method.sites().input, jnp.zeros((1, 1, width))
+    return {} if fill is None else fill.init(key, embeds, Texts.whole(embeds), method="streams")["params"]
+
+
 class Method:
     """Base class of all methods: which sites it fills, how its parameters start, and which learning rate moves them.
 
@@ -97,6 +124,9 @@ class Method:
 
     kind: ClassVar[str]
     """The method's name in configs, on the command line and in a saved prompt."""
+
+    by_instance: ClassVar[bool] = False
+    """True when the prompt in front of a text depends on the text, and so cannot be computed ahead."""
 
     tunes_backbone: ClassVar[bool] = False
     """True when the backbone's own parameters are trained: then they are moved from `frozen` to `trainable`."""

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from deptjax.errors import UserError
 from deptjax.methods import initializers
-from deptjax.methods.base import register_method
+from deptjax.methods.base import Texts, register_method
 from deptjax.methods.input_method import InputMethod
-from deptjax.typing import Array, Float, Int, Key
+from deptjax.typing import Array, Float, Key
 
 VANILLA_LENGTH = 100  # l, the length of the soft prompt whose parameter budget DePT shares
 
@@ -114,13 +114,9 @@ class DePT(InputMethod):
         return self.clone(rank=self.rank_at(width))
 
     @nn.compact
-    def streams(
-        self, embeds: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
-        """Returns the prompt (M, D) and the source embeddings with their offsets, in the dtype of `embeds`.
-
-        `positions` is each token's index in its own text, -1 for padding; `None` says that column i holds token i.
-        """
+    def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
+        """Returns the prompt (M, D) and the source embeddings with their offsets, in the dtype of `embeds`."""
+        positions = texts.positions
         width = embeds.shape[-1]
         rank = self.rank_at(width)
         prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, width))

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from deptjax.methods import initializers
-from deptjax.methods.base import Method, Sites, Vocabulary
-from deptjax.typing import Array, Bool, Float, Int, Key, Tree
+from deptjax.methods.base import Method, Sites, Texts, Vocabulary
+from deptjax.typing import Array, Bool, Float, Key, Tree
 
 
 class InputMethod(Method, nn.Module):
@@ -20,9 +20,7 @@ class InputMethod(Method, nn.Module):
     def sites(self) -> Sites:
         return Sites(input=self)
 
-    def streams(
-        self, embeds: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None
-    ) -> tuple[Array | None, Float[Array, "B T D"]]:
+    def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Array | None, Float[Array, "B T D"]]:
         """Returns `(prompt, embeds)`: a prompt (M, D) that all rows share, or (B, M, D), and the changed embeddings."""
         raise NotImplementedError
 
@@ -34,7 +32,7 @@ class InputMethod(Method, nn.Module):
         For use with anybody's model. Text may be padded on either side: a token's place is counted by `mask`.
         """
         positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
-        prompt, embeds = self.streams(embeds, positions)
+        prompt, embeds = self.streams(embeds, Texts(mask, positions))
         if prompt is None:
             return embeds, mask
         prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape[-2:]))

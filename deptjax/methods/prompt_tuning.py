@@ -10,9 +10,9 @@ from __future__ import annotations
 import flax.linen as nn
 
 from deptjax.methods import initializers
-from deptjax.methods.base import register_method
+from deptjax.methods.base import Texts, register_method
 from deptjax.methods.input_method import InputMethod
-from deptjax.typing import Array, Float, Int
+from deptjax.typing import Array, Float
 
 
 @register_method
@@ -34,9 +34,7 @@ class PromptTuning(InputMethod):
     prompt_text: str = initializers.DEFAULT_TEXT
 
     @nn.compact
-    def streams(
-        self, embeds: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
+    def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
         """Returns the prompt (M, D) and the embeddings as they came."""
         prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, embeds.shape[-1]))
         return prompt.astype(embeds.dtype), embeds

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from deptjax.errors import UserError
-from deptjax.methods.base import SITE, Method, Vocabulary
+from deptjax.methods.base import SITE, Method, Texts, Vocabulary, input_parameters
 from deptjax.models.backbone import Backbone
 from deptjax.quantization import any_quantized
 from deptjax.typing import Array, Bool, Float, Int, Key, Tokens, Tree
@@ -157,9 +157,8 @@ class PromptedModel:
     def _parameters(self, input_key: Key, inner_key: Key, width: int) -> Tree:
         """Returns the parameters of what fills the sites, as Linen makes them."""
         trainable: dict[str, Any] = {}
-        fill = self.method.sites().input
-        if fill is not None:
-            trainable["input"] = fill.init(input_key, jnp.zeros((1, 1, width)), method="streams")["params"]
+        if self.method.sites().input is not None:
+            trainable["input"] = input_parameters(self.method, input_key, width)
         inner = jax.jit(self._init_sites)(inner_key)  # under jit, what is not returned is not computed
         return {**trainable, "backbone": inner} if inner else trainable
 
@@ -199,11 +198,12 @@ class PromptedModel:
         prompt are real; by default all are.
         """
         fill = self.method.sites().input
-        if fill is None:
+        if fill is None or self.method.by_instance:
             return None
         nothing = self._apply(self._variables(trainable, frozen), jnp.zeros((1, 0), jnp.int32), method="embed")
-        prompt, _ = fill.apply({"params": trainable["input"]}, nothing, method="streams")
-        if prompt is None or prompt.ndim == 3:
+        none = Texts(jnp.zeros((1, 0), bool))
+        prompt, _ = fill.apply({"params": trainable["input"]}, nothing, none, method="streams")
+        if prompt is None:
             return None
         return self._apply(self._variables(trainable, frozen), prompt, length, method="front")
 
@@ -249,7 +249,7 @@ class PromptedModel:
         fill = self.method.sites().input
         if fill is None:
             return embeds, mask, None
-        prompt, embeds = fill.apply({"params": trainable["input"]}, embeds, method="streams")
+        prompt, embeds = fill.apply({"params": trainable["input"]}, embeds, Texts(mask), method="streams")
         if prompt is not None and prompt.ndim == 2 and not self.share_prompt:
             prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
         return embeds, mask, prompt

@@ -16,6 +16,7 @@ import numpy as np
 from deptjax.inference.controls import Controls, Decoded, make_controls
 from deptjax.inference.decoding import Decoding
 from deptjax.methods import ZeroShot
+from deptjax.methods.base import Texts
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
 from deptjax.testing import save_hf_folder
@@ -71,7 +72,7 @@ def embedded(case: Case, row: np.ndarray) -> np.ndarray:
     if "input" not in case.moved:
         return np.asarray(embeds[0])
     fill = case.model.method.sites().input
-    prompt, embeds = fill.apply({"params": case.moved["input"]}, embeds, method="streams")
+    prompt, embeds = fill.apply({"params": case.moved["input"]}, embeds, Texts.whole(embeds), method="streams")
     return np.concatenate([prompt, embeds[0]])
 
 

@@ -21,6 +21,7 @@ from deptjax.methods import (
     method_names,
     method_to_config,
 )
+from deptjax.methods.base import input_parameters
 
 B, T, M, D = 2, 3, 5, 7
 
@@ -75,9 +76,7 @@ def test_prompt_tuning_in_its_group() -> None:
 
 
 def test_vanilla_prompt_of_t5_base_has_76_800_parameters() -> None:
-    shapes = jax.eval_shape(
-        lambda: PromptTuning().init(jax.random.key(0), jnp.zeros((1, 1, 768)), method="streams")["params"]
-    )
+    shapes = jax.eval_shape(lambda: input_parameters(PromptTuning(), jax.random.key(0), 768))
     assert {name: leaf.shape for name, leaf in shapes.items()} == {"prompt": (100, 768)}
 
 

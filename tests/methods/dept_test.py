@@ -10,6 +10,7 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.methods import DePT, dept_offset, rank_for_budget
+from deptjax.methods.base import Texts, input_parameters
 from deptjax.training.state import count_parameters
 
 B, T, M, X, R, D = 2, 7, 5, 13, 3, 11
@@ -76,8 +77,9 @@ def test_alpha_scales_the_offset(params: dict[str, np.ndarray]) -> None:
 def test_streams_without_positions_counts_columns(params: dict[str, np.ndarray]) -> None:
     method, embeds = DePT(prompt_length=M, rank=R, max_length=X), jnp.asarray(draw(B, T, D))
     columns = jnp.tile(jnp.arange(T)[None], (B, 1))
-    prompt, by_column = method.apply({"params": params}, embeds, method="streams")
-    same_prompt, by_position = method.apply({"params": params}, embeds, columns, method="streams")
+    prompt, by_column = method.apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
+    texts = Texts.whole(embeds)._replace(positions=columns)
+    same_prompt, by_position = method.apply({"params": params}, embeds, texts, method="streams")
     np.testing.assert_array_equal(prompt, params["prompt"])
     np.testing.assert_array_equal(same_prompt, params["prompt"])
     np.testing.assert_allclose(by_column, by_position, rtol=0, atol=1e-6)
@@ -91,9 +93,9 @@ def test_no_offset_behind_max_length(params: dict[str, np.ndarray]) -> None:
 
 
 def test_streams_refuses_more_columns_than_max_length(params: dict[str, np.ndarray]) -> None:
-    method = DePT(prompt_length=M, rank=R, max_length=X)
+    method, embeds = DePT(prompt_length=M, rank=R, max_length=X), jnp.zeros((1, X + 1, D))
     with pytest.raises(UserError, match=f"{X + 1} tokens are more than max_length {X}; raise max_length"):
-        method.apply({"params": params}, jnp.zeros((1, X + 1, D)), method="streams")
+        method.apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
 
 
 def test_result_has_the_dtype_of_the_embeddings(params: dict[str, np.ndarray]) -> None:
@@ -118,8 +120,8 @@ def test_gradient_of_padding_is_zero(params: dict[str, np.ndarray]) -> None:
 
 def test_starts_as_prompt_tuning() -> None:
     method, rank = DePT(prompt_length=M, rank=53, max_length=101), 53
-    variables = method.init(jax.random.key(3), jnp.zeros((1, 1, D)), method="streams")
-    a, b = np.asarray(variables["params"]["lora_a"]), variables["params"]["lora_b"]
+    params = input_parameters(method, jax.random.key(3), D)
+    a, b = np.asarray(params["lora_a"]), params["lora_b"]
     assert b.shape == (rank, D)
     assert not np.any(b)
     limit = 1 / np.sqrt(rank)
@@ -130,16 +132,14 @@ def test_starts_as_prompt_tuning() -> None:
     assert a.mean() == pytest.approx(0, abs=0.03 * limit)
     np.testing.assert_allclose(np.quantile(a, [0.25, 0.75]), [-limit / 2, limit / 2], atol=0.05 * limit)
     embeds = jnp.asarray(draw(B, T, D))
-    np.testing.assert_array_equal(method.apply(variables, embeds, method="streams")[1], embeds)
-    other = method.init(jax.random.key(4), jnp.zeros((1, 1, D)), method="streams")["params"]["lora_a"]
+    _, offset = method.apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
+    np.testing.assert_array_equal(offset, embeds)
+    other = input_parameters(method, jax.random.key(4), D)["lora_a"]
     assert not np.array_equal(a, other)
 
 
 def size_of(method: DePT, width: int) -> int:
-    embeds = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
-    return count_parameters(
-        jax.eval_shape(lambda: method.init(jax.random.key(0), jnp.zeros(embeds.shape), method="streams"))
-    )
+    return count_parameters(jax.eval_shape(lambda: input_parameters(method, jax.random.key(0), width)))
 
 
 @pytest.mark.parametrize(
