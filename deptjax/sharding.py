@@ -41,7 +41,7 @@ SITE = re.compile(r"\w*_site|site")  # the key of what fills an inner site (`dep
 # with leaves of its own below this path, each of the kernel's rank.
 PARAMETERS: tuple[tuple[str, Axes], ...] = (
     (r"token_embedder/embedding", ("vocab", "embed")),
-    (r"position_embedder/embedding", ("positions", "embed")),
+    (r"(position|type)_embedder/embedding", ("positions", "embed")),
     (r"relpos_bias/rel_embedding", ("heads", "buckets")),
     (r"query/kernel", ("embed", "heads")),
     (r"(key|value)/kernel", ("embed", "kv_heads")),
@@ -49,6 +49,9 @@ PARAMETERS: tuple[tuple[str, Axes], ...] = (
     (r"mlp/(wi|wi_0|wi_1|gate|up)/kernel", ("embed", "mlp")),
     (r"mlp/(wo|down)/kernel", ("mlp", "embed")),
     (r"logits_dense/kernel", ("embed", "vocab")),
+    (r"(pooler|masked_head/dense)/kernel", ("embed", "vector")),
+    (r"(pooler|masked_head/dense)/bias", ("vector",)),
+    (r"masked_head/bias", ("vocab",)),
     (r"query/bias", ("heads",)),
     (r"(key|value)/bias", ("kv_heads",)),
     (r"mlp/up/bias", ("mlp",)),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.models.backbone import Backbone
+from deptjax.models.bert import BertConfig
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.llama import LlamaConfig
 from deptjax.models.t5 import T5Config
@@ -37,16 +38,24 @@ def tiny_tokenizer(words: tuple[str, ...] = WORDS) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
+def tiny_masked_tokenizer(words: tuple[str, ...] = WORDS) -> Any:
+    """Returns `tiny_tokenizer` with RoBERTa's frame, `<s>` and `</s>` around each text, and `<mask>`."""
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer(words)
+    tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"})
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=ends
+    )
+    return tokenizer
+
+
 def random_params(config: Any, seed: int = 0, scale: float = 1.0) -> Tree:
     """Returns a random float32 tree for a config: kernels N(0, scale / fan-in), norms near 1, biases
     near 0, the rest N(0, 1).
     """
-    tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-
-    def forward(module: Any) -> Array:
-        return module.head(module.target_states(module.embed(tokens), mask, None, tokens))
-
-    shapes = jax.eval_shape(lambda: config.make().init(jax.random.key(0), method=forward))["params"]
+    shapes = jax.eval_shape(lambda: config.make().init(jax.random.key(0), method="init_pass"))["params"]
     random = np.random.default_rng(seed)
 
     def leaf(path: tuple[Any, ...], shape: Any) -> Array:
@@ -87,6 +96,22 @@ def tiny_gpt2(seed: int = 0, **fields: Any) -> Backbone:
     config = GPT2Config(vocab_size=len(tokenizer), width=24, num_layers=2, num_heads=3, mlp_dim=37, max_positions=512)
     config = dataclasses.replace(config, **fields)
     return Backbone("tiny-gpt2", config, random_params(config, seed), tokenizer)
+
+
+def tiny_bert(seed: int = 0, **fields: Any) -> Backbone:
+    """Returns a BERT of two layers with random weights, with a pooler and a head that fills masks."""
+    tokenizer = tiny_masked_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        width=24,
+        num_layers=2,
+        num_heads=3,
+        mlp_dim=37,
+        max_positions=512,
+        mask_token=tokenizer.mask_token_id,
+    )
+    config = dataclasses.replace(config, **fields)
+    return Backbone("tiny-bert", config, random_params(config, seed), tokenizer)
 
 
 def tiny_t5(seed: int = 0, **fields: Any) -> Backbone:
@@ -180,6 +205,24 @@ def _hf_config(config: Any) -> dict[str, Any]:
             "attn_pdrop": config.dropout_rate,
             "resid_pdrop": config.dropout_rate,
             "tie_word_embeddings": config.tied,
+        }
+    if config.family == "bert":
+        roberta = config.position_offset > 0
+        return {
+            "model_type": "roberta" if roberta else "bert",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.width,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "intermediate_size": config.mlp_dim,
+            "hidden_act": config.activation,
+            "hidden_dropout_prob": config.dropout_rate,
+            "attention_probs_dropout_prob": config.dropout_rate,
+            "max_position_embeddings": config.max_positions + config.position_offset,
+            "type_vocab_size": config.token_types,
+            "layer_norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tied,
+            "pad_token_id": config.position_offset - 1 if roberta else 0,
         }
     fields = {
         "model_type": "llama",

@@ -179,10 +179,10 @@ def _resolve(wanted: list[Entry], source: TensorSource) -> list[Entry]:
     for entry in wanted:
         known.update((entry.name, *entry.copies))
         name = entry.name
-        if name not in there and entry.instead is not None:
+        if name not in there:
             # The table, the first entry, may itself be stored under another name, and then so is its stand-in.
-            stands_in = found[0].name if found and entry.instead == wanted[0].name else entry.instead
-            name = stands_in if stands_in in there else name
+            others = (found[0].name if found and other == wanted[0].name else other for other in entry.instead)
+            name = next((other for other in others if other in there), name)
         if name not in there:
             where = source.where(name)
             raise UserError(f"{where}: tensor '{name}' is missing; the config and the weights do not belong together")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deptjax.errors import UserError, nearest
+from deptjax.models.bert import BertConfig
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.layers import ACTIVATIONS
 from deptjax.models.llama import LlamaConfig
@@ -49,6 +50,12 @@ _GPT2 = (
     " summary_proj_to_labels summary_first_dropout _num_labels"  # of a classifier that stands on the model
     " n_special predict_special_tokens"  # GPT-1's, which the files of GPT-2 medium, large and XL still name
 ).split()
+_BERT = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob"
+    " attention_probs_dropout_prob max_position_embeddings type_vocab_size layer_norm_eps tie_word_embeddings"
+    " pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type directionality"
+    " output_past gradient_checkpointing num_labels"  # of the first files, and of training
+).split()
 # Fields with one value that this library implements, and what another value would mean.
 _LLAMA_FIXED = {
     "attention_bias": (False, "biases in the attention"),
@@ -73,9 +80,16 @@ _GPT2_FIXED = {
     "add_cross_attention": (False, "cross-attention"),
     "is_decoder": (None, ""),
 }
+_BERT_FIXED = {
+    "position_embedding_type": ("absolute", "an embedding of relative positions"),
+    "is_decoder": (False, "a decoder"),
+    "add_cross_attention": (False, "cross-attention"),
+    "is_encoder_decoder": (False, "a decoder"),
+    "pruned_heads": ({}, "attention with heads cut out"),
+}
 
 
-Config = LlamaConfig | GPT2Config | T5Config
+Config = LlamaConfig | GPT2Config | T5Config | BertConfig
 
 
 class _Fields:
@@ -126,7 +140,7 @@ class _Fields:
 def _advice(field: str) -> str:
     if field in ("quantization_config", "quantization"):
         return "; take a checkpoint that is not quantised, or a GGUF file"
-    return nearest(field, [*_LLAMA, *_T5, *_GPT2])
+    return nearest(field, [*_LLAMA, *_T5, *_GPT2, *_BERT])
 
 
 def read_config(folder: str | Path) -> Config:
@@ -148,9 +162,9 @@ def config_from_dict(fields: dict[str, Any], where: str = "config.json") -> Conf
 
     Raises `UserError`, naming `where` and the field, for a model type, a value or a field that is not implemented.
 
-    >>> config_from_dict({"model_type": "bert"})
+    >>> config_from_dict({"model_type": "opt"}, "here")
     Traceback (most recent call last):
-    deptjax.errors.UserError: config.json: 'model_type' is 'bert': expected one of gpt2, llama, mistral, mt5, t5
+    deptjax.errors.UserError: here: 'model_type' is 'opt': expected one of bert, gpt2, llama, mistral, mt5, roberta, t5
     """
     config = _Fields(fields, where)
     kind = fields.get("model_type")
@@ -297,11 +311,55 @@ def _gpt2(config: _Fields, kind: str) -> GPT2Config:
     )
 
 
+def _bert(config: _Fields, kind: str) -> BertConfig:
+    config.only(_BERT, _BERT_FIXED)
+    width, heads = config.number("hidden_size", 768), config.number("num_attention_heads", 12)
+    if width % heads:
+        config.refuse("num_attention_heads", f"it does not divide hidden_size ({width})")
+    activation = str(config.get("hidden_act", "gelu"))
+    if activation not in ACTIVATIONS:
+        config.refuse("hidden_act", f"expected one of {', '.join(ACTIVATIONS)}")
+    if kind == "roberta" and activation != "gelu":
+        config.refuse("hidden_act", "RoBERTa's head has 'gelu', and another one in its layers is not implemented")
+    dropout = config.rate("hidden_dropout_prob", 0.1)
+    if config.rate("attention_probs_dropout_prob", 0.1) != dropout:
+        config.refuse(
+            "attention_probs_dropout_prob", f"hidden_dropout_prob is {dropout}; one rate for both is implemented"
+        )
+    offset = 0
+    if kind == "roberta":  # positions are counted from the one behind the padding token's id
+        padding = config.get("pad_token_id", 1)
+        if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
+            config.refuse("pad_token_id", "expected a whole number of at least 0")
+        offset = padding + 1
+    positions = config.number("max_position_embeddings", 512)
+    if positions <= offset:
+        config.refuse(
+            "max_position_embeddings", f"RoBERTa's first position is row {offset}, so expected more than that"
+        )
+    return BertConfig(
+        vocab_size=config.number("vocab_size", 30522 if kind == "bert" else 50265),
+        width=width,
+        num_layers=config.number("num_hidden_layers", 12),
+        num_heads=heads,
+        mlp_dim=config.number("intermediate_size", 3072),
+        max_positions=positions - offset,
+        position_offset=offset,
+        token_types=config.number("type_vocab_size", 2),
+        activation=activation,
+        norm_eps=config.number("layer_norm_eps", 1e-12, float),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        dropout_rate=dropout,
+    )
+
+
 FAMILIES: dict[str, Callable[[_Fields, str], Config]] = {
+    "bert": _bert,
     "gpt2": _gpt2,
     "llama": _llama,
     "mistral": _llama,
     "mt5": _t5,
+    "roberta": _bert,
     "t5": _t5,
 }
 

@@ -16,7 +16,7 @@ from deptjax.interop import packaged
 from deptjax.interop.convert import DTYPES, Sharded, fill_tree
 from deptjax.interop.gguf import GGUFFile, config_from_gguf
 from deptjax.interop.huggingface import download, read_config
-from deptjax.interop.names import entries
+from deptjax.interop.names import entries, with_parts
 from deptjax.interop.safetensors import SafetensorsFolder
 from deptjax.interop.t5x import fill_t5x, t5x_config
 from deptjax.interop.t5x_store import BUCKET, T5XStore, is_t5x
@@ -33,6 +33,7 @@ from deptjax.typing import Tree
 # small model. Models of billions run on accelerators, where a step loses little by the scan, and every bucket's program
 # has all layers; and they are those that need rematerialisation, which a scan holds the compiler to.
 SCANNED_FROM = 1_000_000_000
+_SENTENCE_TRANSFORMER = "0_Transformer"  # where the first sentence-transformers put the model in a folder
 
 
 def load_backbone(
@@ -61,7 +62,7 @@ def load_backbone(
       attention: how it is computed: `xla`, by a kernel (`cudnn` on NVIDIA GPUs, `flash` on TPUs), or `auto`, which
         takes the platform's kernel where that pays (docs/performance.md).
       revision: a branch, tag or commit of a model on the hub.
-      dropout_rate: replaces the dropout rate in T5's or GPT-2's config; the LLaMA family has no dropout.
+      dropout_rate: replaces the dropout rate in T5's, GPT-2's or BERT's config; the LLaMA family has no dropout.
       tokenizer: replaces the tokenizer beside the weights: a folder, `spiece.model`, `tokenizer.json`, `packaged:t5`,
         `packaged:mt5`, a name on the hub, or a loaded transformers tokenizer. T5X checkpoints have none of their own.
       mesh: over which devices the model and the batches are split (see `deptjax.sharding`): sizes, such as
@@ -94,6 +95,8 @@ def load_backbone(
             f"{opened.where}: the tokenizer has {len(chosen)} tokens but the model only {config.vocab_size} embeddings;"
             " take the tokenizer that belongs to the model"
         )
+    if config.is_masked:
+        config = dataclasses.replace(config, mask_token=chosen.mask_token_id)
     placement = _placement(config, mesh, sharding_rules)
     place = None if placement.mesh.size == 1 else Sharded(placement)
     params = opened.fill(config, scan_layers=scan_layers, dtype=dtype, quantize=quantize, place=place)
@@ -126,7 +129,10 @@ def _open(place: str | Path) -> _Opened:
         return _Opened(store.where, t5x_config(store), partial(_tokenizer_beside, store.where), _with(fill_t5x, store))
     path = Path(place)
     if path.is_dir():
+        inner = path / _SENTENCE_TRANSFORMER
+        path = inner if (inner / "config.json").is_file() and not (path / "config.json").exists() else path
         config, source = read_config(path), SafetensorsFolder(path)
+        config = with_parts(config, source.names())
         return _Opened(str(path), config, partial(load_tokenizer, path), _with(fill_tree, source))
     file = GGUFFile(path)
     tokenizer = partial(tokenizer_from_gguf, file.metadata, str(path))

@@ -8,17 +8,21 @@ checkpoints, and a tuned tree can be written back with them.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 Path = tuple[str, ...]
 
 # Stored by old versions, never read: rotary frequencies are a function of the config, the first cross-attention of some
-# T5 files carries a relative bias that T5 does not use, and GPT-2's causal mask is a triangle of ones.
+# T5 files carries a relative bias that T5 does not use, GPT-2's causal mask is a triangle of ones, BERT's positions are
+# numbers from 0 on, and its head that tells whether a sentence is the next one is of its training alone.
 HARMLESS_TENSORS = re.compile(
     r"(model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
     r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-    r"|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias))"
+    r"|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
+    r"|(bert\.|roberta\.)?embeddings\.(position_ids|token_type_ids)|cls\.seq_relationship\.(weight|bias))"
 )
 
 
@@ -26,8 +30,8 @@ class Entry(NamedTuple):
     """One leaf: its `path` in the unrolled tree, the tensor `name` that fills it, and that tensor's stored `shape`.
 
     `transpose`: the leaf is the tensor transposed. `copies`: tensors that may be present and must then hold the same
-    values. `instead`: the tensor to take when `name` is absent. `part`: which of how many equal pieces of the tensor,
-    along its last axis, the leaf is.
+    values. `instead`: when `name` is absent, the first of these that is there is taken. `part`: which of how many equal
+    pieces of the tensor, along its last axis, the leaf is.
     """
 
     path: Path
@@ -35,7 +39,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     transpose: bool = False
     copies: tuple[str, ...] = ()
-    instead: str | None = None
+    instead: tuple[str, ...] = ()
     part: tuple[int, int] = (0, 1)
 
     @property
@@ -47,7 +51,22 @@ class Entry(NamedTuple):
 
 def entries(config: Any) -> list[Entry]:
     """Returns the entry of every leaf of the backbone that `config` describes."""
-    return {"llama": llama_entries, "gpt2": gpt2_entries, "t5": t5_entries}[config.family](config)
+    return {"bert": bert_entries, "gpt2": gpt2_entries, "llama": llama_entries, "t5": t5_entries}[config.family](config)
+
+
+def with_parts(config: Any, names: Collection[str]) -> Any:
+    """Returns the config of a model with the layers that its files have, given the names of the stored tensors.
+
+    Files of one config may hold BERT's blocks alone, a pooler behind them, the masked-language-modelling head, or both.
+    """
+    if config.family != "bert":
+        return config
+    head = ("cls.predictions.", "lm_head.")
+    return dataclasses.replace(
+        config,
+        has_pooler=any(f"{prefix}pooler.dense.weight" in names for prefix in _BERT_PREFIXES),
+        has_masked_head=any(name.startswith(head) for name in names),
+    )
 
 
 def llama_entries(config: Any) -> list[Entry]:
@@ -102,7 +121,7 @@ def gpt2_entries(config: Any) -> list[Entry]:
 
 
 def _gpt2(path: Path, name: str, shape: tuple[int, ...]) -> Entry:
-    return Entry(path, f"transformer.{name}", shape, instead=name)
+    return Entry(path, f"transformer.{name}", shape, instead=(name,))
 
 
 def _gpt2_norm(path: Path, name: str, width: int) -> list[Entry]:
@@ -114,6 +133,70 @@ def _gpt2_linear(path: Path, name: str, features_in: int, features_out: int) -> 
     return [kernel, _gpt2((*path, "bias"), f"{name}.bias", (features_out,))]
 
 
+_BERT_PREFIXES = ("bert.", "roberta.", "")
+
+
+def bert_entries(config: Any) -> list[Entry]:
+    """Returns the entries of a `BertConfig`, with the names of transformers' `BertForMaskedLM`.
+
+    Of a model with a `position_offset`, those of `RobertaForMaskedLM`. Either may be stored without its prefix, as
+    `BertModel` and `RobertaModel` are, and BERT's norms may have their first names, gamma and beta.
+    """
+    width, mlp = config.width, config.mlp_dim
+    roberta = config.position_offset > 0
+    body = _Bert("roberta." if roberta else "bert.")
+    out = [body.entry(("token_embedder", "embedding"), "embeddings.word_embeddings.weight", (config.vocab_size, width))]
+    head = "lm_head" if roberta else "cls.predictions"
+    if config.tied and config.has_masked_head:
+        out = [out[0]._replace(copies=(f"{head}.decoder.weight",))]
+    tables = {
+        "position": (config.position_offset + config.max_positions, "embeddings.position_embeddings.weight"),
+        "type": (config.token_types, "embeddings.token_type_embeddings.weight"),
+    }
+    out += [body.entry((f"{kind}_embedder", "embedding"), at, (rows, width)) for kind, (rows, at) in tables.items()]
+    out += body.norm(("embedding_norm",), "embeddings.LayerNorm", width)
+    for i in range(config.num_layers):
+        layer, at = f"layers_{i}", f"encoder.layer.{i}."
+        for name in ("query", "key", "value"):
+            out += body.linear((layer, "attention", name), f"{at}attention.self.{name}", width, width)
+        out += body.linear((layer, "attention", "out"), f"{at}attention.output.dense", width, width)
+        out += body.norm((layer, "post_attention_norm"), f"{at}attention.output.LayerNorm", width)
+        out += body.linear((layer, "mlp", "up"), f"{at}intermediate.dense", width, mlp)
+        out += body.linear((layer, "mlp", "down"), f"{at}output.dense", mlp, width)
+        out += body.norm((layer, "post_mlp_norm"), f"{at}output.LayerNorm", width)
+    if config.has_pooler:
+        out += body.linear(("pooler",), "pooler.dense", width, width)
+    if config.has_masked_head:
+        within, norm = ("", "layer_norm") if roberta else ("transform.", "LayerNorm")
+        out += _Bert().linear(("masked_head", "dense"), f"{head}.{within}dense", width, width)
+        out += _Bert().norm(("masked_head", "norm"), f"{head}.{within}{norm}", width)
+        copy = (f"{head}.decoder.bias",)
+        out.append(Entry(("masked_head", "bias"), f"{head}.bias", (config.vocab_size,), copies=copy, instead=copy))
+        if not config.tied:
+            out.append(_kernel(("logits_dense",), f"{head}.decoder.weight", width, config.vocab_size))
+    return out
+
+
+class _Bert(NamedTuple):
+    """Makes the entries of what is stored with a prefix, or, in the files of a body alone, without any."""
+
+    prefix: str = ""
+
+    def entry(self, path: Path, name: str, shape: tuple[int, ...], old: str | None = None) -> Entry:
+        names = [f"{prefix}{n}" for n in (name, old) if n for prefix in dict.fromkeys((self.prefix, ""))]
+        return Entry(path, names[0], shape, instead=tuple(names[1:]))
+
+    def norm(self, path: Path, name: str, width: int) -> list[Entry]:
+        stored = {"scale": ("weight", "gamma"), "bias": ("bias", "beta")}
+        return [
+            self.entry((*path, leaf), f"{name}.{new}", (width,), f"{name}.{old}") for leaf, (new, old) in stored.items()
+        ]
+
+    def linear(self, path: Path, name: str, features_in: int, features_out: int) -> list[Entry]:
+        kernel = self.entry((*path, "kernel"), f"{name}.weight", (features_out, features_in))
+        return [kernel._replace(transpose=True), self.entry((*path, "bias"), f"{name}.bias", (features_out,))]
+
+
 def t5_entries(config: Any) -> list[Entry]:
     """Returns the entries of a `T5Config`, with the names of transformers' `T5ForConditionalGeneration`."""
     width = config.width
@@ -122,13 +205,13 @@ def t5_entries(config: Any) -> list[Entry]:
         copies += ("lm_head.weight",)
     embed = (config.vocab_size, width)
     # Files written by some versions hold the shared table under one of its other names alone.
-    out = [Entry(("token_embedder", "embedding"), "shared.weight", embed, copies=copies, instead=copies[0])]
+    out = [Entry(("token_embedder", "embedding"), "shared.weight", embed, copies=copies, instead=copies[:1])]
     out += _t5_stack(config, "encoder", config.num_encoder_layers)
     out += _t5_stack(config, "decoder", config.num_decoder_layers)
     if not config.tied:
         # Without scaled logits but without a head of its own, a model uses the embedding table as it stands.
         head = _kernel(("decoder", "logits_dense"), "lm_head.weight", width, config.vocab_size)
-        out.append(head._replace(instead="shared.weight"))
+        out.append(head._replace(instead=("shared.weight",)))
     return out
 
 

@@ -214,6 +214,11 @@ class CausalModel(nn.Module):
         if not c.tied:
             self.logits_dense = layers.Head(c.vocab_size)
 
+    def init_pass(self) -> Array:
+        """Runs every part once, on one token, for `init`."""
+        tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        return self.head(self.target_states(self.embed(tokens), mask, None, tokens))
+
     def placed(self, x: Array, positions: Array, deterministic: bool = True) -> Placed:
         """Returns a stream (..., S, D) at these positions, (S,) or (..., S), as the first block takes it.
 

@@ -16,17 +16,16 @@ position, a prompt's vector as a token's.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.causal import CausalModel, Placed
 from deptjax.models.fused_attention import check_name
-from deptjax.typing import Array, Float, Int
+from deptjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,7 @@ class GPT2Config:
 
     family: ClassVar[str] = "gpt2"
     is_encoder_decoder: ClassVar[bool] = False
+    is_masked: ClassVar[bool] = False
     prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
 
     vocab_size: int
@@ -88,48 +88,16 @@ class GPT2Config:
         return GPT2(self, sites)
 
 
-class MLP(nn.Module):
-    """`down(gelu(up(x)))`."""
-
-    config: GPT2Config
-    sites: Sites
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def linear(name: str, features: int) -> layers.Linear:
-            return layers.Linear(features, f"mlp/{name}", self.sites, bias=True, name=name)
-
-        hidden = layers.ACTIVATIONS[self.config.activation](linear("up", self.config.mlp_dim)(x))
-        return linear("down", self.config.width)(hidden)
-
-
-class PositionEmbedding(nn.Module):
-    """A learned vector for each position."""
-
-    positions: int
-    width: int
-
-    @nn.compact
-    def __call__(self, positions: Int[Array, "*S"], dtype: Any) -> Float[Array, "*S D"]:
-        """Returns the vectors of positions.
-
-        Padding may stand before the first position or behind the last: it gets a vector all the same, a finite one,
-        since nothing times not-a-number is not nothing.
-        """
-        table = self.param("embedding", nn.initializers.normal(0.02), (self.positions, self.width))
-        return jnp.take(table, positions, axis=0, mode="clip").astype(dtype)
-
-
 class GPT2(CausalModel):
     """The backbone. With `deterministic=False` a prompt that rows share is dropped out once a batch, alike for all."""
 
     norm: ClassVar[type[nn.Module]] = layers.LayerNorm
-    mlp: ClassVar[type[nn.Module]] = MLP
+    mlp: ClassVar[type[nn.Module]] = layers.MLP
     biases: ClassVar[bool] = True
 
     def setup(self) -> None:
         super().setup()
-        self.position_embedder = PositionEmbedding(self.config.max_positions, self.config.width)
+        self.position_embedder = layers.PositionEmbedding(self.config.max_positions, self.config.width)
         self.dropout = nn.Dropout(self.config.dropout_rate)
 
     def placed(self, x: Array, positions: Array, deterministic: bool = True) -> Placed:

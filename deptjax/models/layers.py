@@ -1,8 +1,9 @@
-"""What backbones are made of: projections with their site, norms, activations, the embedding and the head."""
+"""What backbones are made of: projections with their site, norms, activations, an MLP, embeddings and the head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites
 from deptjax.models.attention import KV, Segment, heads_in_front
 from deptjax.quantization import with_kernel
-from deptjax.typing import Array, Float
+from deptjax.typing import Array, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -102,6 +103,38 @@ class Embedding(nn.Module):
         """Returns float32 logits (..., V), or (..., C) for the C rows `vocab_ids`: nothing else is computed."""
         table = self.embedding if vocab_ids is None else self.embedding[vocab_ids]
         return jnp.einsum("...d,vd->...v", states, table.astype(states.dtype), preferred_element_type=jnp.float32)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position."""
+
+    positions: int
+    width: int
+
+    @nn.compact
+    def __call__(self, positions: Int[Array, "*S"], dtype: Any) -> Float[Array, "*S D"]:
+        """Returns the vectors of positions.
+
+        Padding may stand before the first position or behind the last: it gets a vector all the same, a finite one,
+        since nothing times not-a-number is not nothing.
+        """
+        table = self.param("embedding", nn.initializers.normal(0.02), (self.positions, self.width))
+        return jnp.take(table, positions, axis=0, mode="clip").astype(dtype)
+
+
+class MLP(nn.Module):
+    """`down(act(up(x)))` with biases, as the config of GPT-2 or BERT has it."""
+
+    config: Any
+    sites: Sites
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        def linear(name: str, features: int) -> Linear:
+            return Linear(features, f"mlp/{name}", self.sites, bias=True, name=name)
+
+        hidden = ACTIVATIONS[self.config.activation](linear("up", self.config.mlp_dim)(x))
+        return linear("down", self.config.width)(hidden)
 
 
 class Head(nn.Module):

@@ -33,6 +33,7 @@ class LlamaConfig:
 
     family: ClassVar[str] = "llama"
     is_encoder_decoder: ClassVar[bool] = False
+    is_masked: ClassVar[bool] = False
     prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
     dropout_rate: ClassVar[float] = 0.0
 

@@ -163,11 +163,7 @@ class PromptedModel:
         return {**trainable, "backbone": inner} if inner else trainable
 
     def _init_sites(self, key: Key) -> Tree:
-        def forward(module: Any) -> Array:
-            tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-            return module.head(module.target_states(module.embed(tokens), mask, None, tokens))
-
-        return site_leaves(self.module.init(key, method=forward)["params"])
+        return site_leaves(self.module.init(key, method="init_pass")["params"])
 
     def target_logits(
         self,
@@ -182,12 +178,11 @@ class PromptedModel:
 
         `batch` has `source`, `source_mask` (B, T) and `targets` (B, U). With a `dropout_key` the backbone drops out.
         """
-        source, mask, prompt = self._source(trainable, frozen, batch["source"], batch["source_mask"])
+        source, mask, prompt, ids = self._source(trainable, frozen, batch["source"], batch["source_mask"])
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         variables = self._variables(trainable, frozen)
-        states = self._apply(
-            variables, source, mask, prompt, batch["targets"], dropout_key is None, method="target_states", rngs=rngs
-        )
+        args = variables, source, mask, prompt, batch["targets"], dropout_key is None
+        states = self._apply(*args, method="target_states", rngs=rngs, **ids)
         return self._apply(variables, states, vocab_ids, method="head")
 
     def front(self, trainable: Tree, frozen: Tree, length: Int[Array, ""] | None = None) -> Any:
@@ -223,12 +218,12 @@ class PromptedModel:
         Of one text: `deptjax.inference.rows` maps it over the rows of a batch, which may then differ in `trainable`
         and `front`. The cache has room for `max_new` tokens of each of the `beams`, which share all that is before.
         """
-        embeds, mask, prompt = self._source(trainable, frozen, source[None], source_mask[None])
+        embeds, mask, prompt, ids = self._source(trainable, frozen, source[None], source_mask[None])
         variables = self._variables(trainable, frozen)
         own = None
         if front is None and prompt is not None:
             own = front = self._apply(variables, prompt[0] if prompt.ndim == 3 else prompt, method="front")
-        state, cache = self._apply(variables, embeds, mask, front, max_new, beams, method="start")
+        state, cache = self._apply(variables, embeds, mask, front, max_new, beams, method="start", **ids)
         return self._apply(variables, state[0], vocab_ids, method="head"), RowCache(own, cache)
 
     def extend(
@@ -243,16 +238,20 @@ class PromptedModel:
         states, backbone_cache = self._apply(variables, cache.backbone, tokens, t, front, method="extend")
         return self._apply(variables, states, method="head"), cache._replace(backbone=backbone_cache)
 
-    def _source(self, trainable: Tree, frozen: Tree, tokens: Array, mask: Array) -> tuple[Array, Array, Array | None]:
+    def _source(
+        self, trainable: Tree, frozen: Tree, tokens: Array, mask: Array
+    ) -> tuple[Array, Array, Array | None, dict[str, Array]]:
+        """Returns embedded sources, their mask, the prompt, and the ids for a backbone that has to find its mask."""
         tokens, mask = left_aligned(tokens, mask)
+        ids = {"tokens": tokens} if self.module.config.is_masked else {}
         embeds = self._apply(self._variables(trainable, frozen), tokens, method="embed")
         fill = self.method.sites().input
         if fill is None:
-            return embeds, mask, None
+            return embeds, mask, None, ids
         prompt, embeds = fill.apply({"params": trainable["input"]}, embeds, Texts(mask), method="streams")
         if prompt is not None and prompt.ndim == 2 and not self.share_prompt:
             prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
-        return embeds, mask, prompt
+        return embeds, mask, prompt, ids
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.apply(*args, **kwargs)  # never with mutable collections, so there is one result

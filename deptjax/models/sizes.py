@@ -22,13 +22,14 @@ from typing import Any
 
 import jax
 
+from deptjax.models.bert import BertConfig
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.llama import LlamaConfig
 from deptjax.models.t5 import T5Config
 from deptjax.quantization import quantize_tree, tree_bytes
-from deptjax.typing import Array, Tree
+from deptjax.typing import Tree
 
-Config = T5Config | LlamaConfig | GPT2Config
+Config = T5Config | LlamaConfig | GPT2Config | BertConfig
 
 
 def _t5(width: int, mlp_dim: int, layers: int, heads: int, head_dim: int = 64, **fields: Any) -> T5Config:
@@ -124,10 +125,5 @@ def weight_bytes(config: Config) -> int:
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(config: Config) -> Tree:
     """Returns the parameter tree of a config, layers stacked, its leaves `ShapeDtypeStruct`; not to be changed."""
-    tokens, mask = jax.numpy.zeros((1, 1), jax.numpy.int32), jax.numpy.ones((1, 1), bool)
-
-    def everything(module: Any) -> Array:
-        return module.head(module.target_states(module.embed(tokens), mask, None, tokens))
-
     module = dataclasses.replace(config, scan_layers=True).make()  # one layer is traced instead of all
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), method=everything)["params"])
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), method="init_pass")["params"])

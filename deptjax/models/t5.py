@@ -46,6 +46,7 @@ class T5Config:
 
     family: ClassVar[str] = "t5"
     is_encoder_decoder: ClassVar[bool] = True
+    is_masked: ClassVar[bool] = False
     prompt_lr_ratio: ClassVar[float] = 0.3  # see Backbone.prompt_lr
 
     vocab_size: int
@@ -382,6 +383,11 @@ class T5(nn.Module):
         self.token_embedder = layers.Embedding(c.vocab_size, c.width, c.dtype)
         self.encoder = Encoder(c, self.sites)
         self.decoder = Decoder(c, self.sites)
+
+    def init_pass(self) -> Array:
+        """Runs every part once, on one token, for `init`."""
+        tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        return self.head(self.target_states(self.embed(tokens), mask, None, tokens))
 
     def embed(self, tokens: Int[Array, "*S"]) -> Float[Array, "*S D"]:
         """Returns the frozen input embeddings of token ids."""

@@ -11,14 +11,17 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.interop.huggingface import config_from_dict, download, read_config
+from deptjax.models.bert import BertConfig
 from deptjax.models.gpt2 import GPT2Config
 from deptjax.models.llama import LlamaConfig
 from deptjax.models.rope import RopeScaling
 from deptjax.models.t5 import T5Config
+from tests.goldens.make_bert_goldens import VARIANTS as BERT_VARIANTS
 from tests.goldens.make_goldens import VARIANTS
 
 LLAMA, T5 = VARIANTS["llama_gqa"], VARIANTS["t5_v1_1"]
 MISTRAL, GPT2 = VARIANTS["mistral"], VARIANTS["gpt2"]
+BERT, ROBERTA = BERT_VARIANTS["bert_minilm"], BERT_VARIANTS["bert_roberta"]
 
 
 def llama(**fields: Any) -> LlamaConfig:
@@ -46,6 +49,18 @@ def test_llama_fields() -> None:
         max_positions=64,
         rope_theta=500000.0,
     )
+
+
+def test_bert_fields() -> None:
+    bert = {"vocab_size": 53, "width": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 37, "max_positions": 40}
+    assert config_from_dict(ROBERTA) == BertConfig(**bert, position_offset=2, token_types=1, norm_eps=1e-5)
+    assert config_from_dict(BERT) == BertConfig(**{**bert, "num_layers": 3, "num_heads": 4})
+    # What a file leaves out is as in transformers: bert-base and roberta-base have these sizes.
+    base = BertConfig(vocab_size=30522, width=768, num_layers=12, num_heads=12, mlp_dim=3072)
+    assert config_from_dict({"model_type": "bert"}) == base
+    large = config_from_dict({"model_type": "roberta", "max_position_embeddings": 514, "hidden_size": 1024,
+                              "num_attention_heads": 16, "tie_word_embeddings": False})  # fmt: skip
+    assert (large.vocab_size, large.max_positions, large.position_offset, large.tied) == (50265, 512, 2, False)
 
 
 def test_t5_fields() -> None:
@@ -177,6 +192,16 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         (GPT2, {"attn_pdrop": 0.2}, "attn_pdrop"),
         (GPT2, {"embd_pdrop": -0.1}, "embd_pdrop"),
         (GPT2, {"rotary_dim": 4}, "rotary_dim"),
+        (BERT, {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        (BERT, {"is_decoder": True}, "is_decoder"),
+        (BERT, {"add_cross_attention": True}, "add_cross_attention"),
+        (BERT, {"hidden_act": "tanh"}, "hidden_act"),
+        (BERT, {"num_attention_heads": 5}, "num_attention_heads"),
+        (BERT, {"attention_probs_dropout_prob": 0.2}, "attention_probs_dropout_prob"),
+        (BERT, {"embedding_size": 12}, "embedding_size"),
+        (ROBERTA, {"pad_token_id": -1}, "pad_token_id"),
+        (ROBERTA, {"max_position_embeddings": 2}, "max_position_embeddings"),
+        (ROBERTA, {"hidden_act": "relu"}, "hidden_act"),
         (T5, {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj"),
         (T5, {"feed_forward_proj": "silent-relu"}, "feed_forward_proj"),
         (T5, {"dense_act_fn": "relu"}, "dense_act_fn"),

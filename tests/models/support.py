@@ -70,15 +70,9 @@ def fill(*kinds: str, seen: list[Any] | None = None) -> Sites:
     return Sites(**{kind: fills[kind] for kind in kinds or fills})
 
 
-def everything(module: Any) -> Array:
-    """Runs a bound backbone from tokens to logits, so that every parameter is met."""
-    tokens, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-    return module.head(module.target_states(module.embed(tokens), mask, None, tokens))
-
-
 def shapes(module: nn.Module) -> Tree:
     """Returns the module's parameter tree as shapes and dtypes; nothing is allocated."""
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), method=everything)["params"])
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), method="init_pass")["params"])
 
 
 def flat_shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
