@@ -203,7 +203,7 @@ def _encoder_decoder(tally: _Tally, config: Any, batch: BatchShape, front: _Fron
 
 
 def _input_site(tally: _Tally, method: Method, width: int, batch: BatchShape) -> _Front:
-    """Adds the formula of the input site, whose factors are all trained, and returns what it gives."""
+    """Adds the formula of the input site and its gradient's for what is trained, and returns what it gives."""
     fill = method.sites().input
     if fill is None:
         return _Front()
@@ -215,7 +215,13 @@ def _input_site(tally: _Tally, method: Method, width: int, batch: BatchShape) ->
     params = jax.eval_shape(lambda key: input_parameters(method, key, width), jax.random.key(0))
     closed, (prompt, _) = jax.make_jaxpr(streams, return_shape=True)(params, embeds)
     own = product_flops(streams, params, embeds)
-    tally.forward, tally.weight_gradient = tally.forward + own, tally.weight_gradient + 2 * own
+
+    def with_gradient(params: Tree, embeds: Any, of_streams: Any) -> Any:
+        result, gradient = jax.vjp(lambda params: streams(params, embeds), params)
+        return result, gradient(of_streams)
+
+    both = product_flops(with_gradient, params, embeds, (prompt, jax.ShapeDtypeStruct(embeds.shape, embeds.dtype)))
+    tally.forward, tally.weight_gradient = tally.forward + own, tally.weight_gradient + both - own
     unchanged = closed.jaxpr.outvars[-1] is closed.jaxpr.invars[-1]
     if prompt is None:
         return _Front(text=not unchanged)

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.inference.rows import Rows
-from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from deptjax.methods import (
+    DPT,
+    ADePT,
+    DePT,
+    FullFineTuning,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    ResidualPromptTuning,
+)
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
 from deptjax.prompt import Prompt
@@ -29,6 +39,12 @@ METHODS: dict[str, Method] = {
     "prefix_tuning": PrefixTuning(prefix_length=3),
     "lora": LoRA(rank=3),
     "full": FullFineTuning(),
+}
+# More methods of the same sites: the contract holds of them too, and in fewer combinations.
+PROMPT_METHODS: dict[str, Method] = {
+    "adept": ADePT(prompt_length=5, rank=3, prompt_init="vocab"),
+    "dpt": DPT(prompt_length=5, rank=3),
+    "residual_prompt_tuning": ResidualPromptTuning(prompt_length=5, bottleneck=7, prompt_init="vocab"),
 }
 BACKBONES: dict[str, Callable[..., Backbone]] = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
 RATES = {"prompt": 0.1, "low_rank": 0.01, "backbone": 1e-3}
@@ -105,7 +121,7 @@ def make_case(backbone: Backbone, method: Method, **fields: Any) -> Case:
 @functools.cache
 def case_of(backbone: str, method: str, scan: bool = False) -> Case:
     """Returns a case by the names of its parts; the same one at each call, so that what it compiles is shared."""
-    return make_case(backbone_of(backbone, scan), METHODS[method])
+    return make_case(backbone_of(backbone, scan), (METHODS | PROMPT_METHODS)[method])
 
 
 def rows_of(lengths: Sequence[int], seed: int = 0, vocab: int = 50) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
-"""The methods, one file each: DePT, prompt and prefix tuning, LoRA, full fine-tuning. `base.py` says what one is."""
+"""The methods, one file each: DePT and its kin, prompt and prefix tuning, LoRA, full fine-tuning. See `base.py`."""
 
+from deptjax.methods.adept import ADePT, adept_offset
 from deptjax.methods.base import (
     AttentionSite,
     LinearSite,
@@ -14,13 +15,17 @@ from deptjax.methods.base import (
     register_method,
 )
 from deptjax.methods.dept import DePT, dept_offset, rank_for_budget
+from deptjax.methods.dpt import DPT, dpt_prompt
 from deptjax.methods.full import FullFineTuning
 from deptjax.methods.lora import LoRA
 from deptjax.methods.prefix_tuning import PrefixTuning
 from deptjax.methods.prompt_tuning import PromptTuning
+from deptjax.methods.residual_prompt_tuning import ResidualPromptTuning, residual_mlp
 from deptjax.methods.zero_shot import ZeroShot
 
 __all__ = [
+    "DPT",
+    "ADePT",
     "AttentionSite",
     "DePT",
     "FullFineTuning",
@@ -29,15 +34,19 @@ __all__ = [
     "Method",
     "PrefixTuning",
     "PromptTuning",
+    "ResidualPromptTuning",
     "ResidualSite",
     "Sites",
     "Vocabulary",
     "ZeroShot",
+    "adept_offset",
     "dept_offset",
+    "dpt_prompt",
     "method_class",
     "method_from_config",
     "method_names",
     "method_to_config",
     "rank_for_budget",
     "register_method",
+    "residual_mlp",
 ]

@@ -125,6 +125,9 @@ class Method:
     kind: ClassVar[str]
     """The method's name in configs, on the command line and in a saved prompt."""
 
+    starts_plain: ClassVar[bool] = True
+    """True when at first the model computes what the frozen one does behind the method's prompt, if it has one."""
+
     by_instance: ClassVar[bool] = False
     """True when the prompt in front of a text depends on the text, and so cannot be computed ahead."""
 
@@ -133,6 +136,12 @@ class Method:
 
     sizes: ClassVar[tuple[str, ...]] = ()
     """Fields that are sizes of parameters; zeros beyond a smaller size change nothing (see `deptjax.methods.room`)."""
+
+    more_sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields that are sizes too, and must be equal in prompts that are stacked."""
+
+    in_front: ClassVar[Mapping[str, int]] = {"prompt": -2}
+    """Names of parameters whose size along an axis is the prompt's length, and the axis: zeros go in front there."""
 
     free: ClassVar[tuple[str, ...]] = ()
     """Fields that say how training starts, or that `scales` accounts for: they may differ between stacked prompts."""
@@ -143,7 +152,7 @@ class Method:
 
     def check_sizes(self) -> None:
         """Raises `UserError` for a size that is given and below 1."""
-        for name in self.sizes:
+        for name in (*self.sizes, *self.more_sizes):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
@@ -159,6 +168,14 @@ class Method:
     def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
         """Returns the input site's initial parameters, given Linen's, after a look at the frozen vocabulary."""
         return params
+
+    def fold(self, trainable: Tree) -> tuple[Method, Tree]:
+        """Returns a simpler method and its parameters that compute what this one does with `trainable`.
+
+        What only training needed, such as a network that makes the prompt, is worked out once and left away; a run
+        saves what this returns. A method without such parts returns itself.
+        """
+        return self, trainable
 
     def group(self, path: tuple[str, ...]) -> str:
         """Returns the learning-rate group of the parameter at `path` in `trainable`.

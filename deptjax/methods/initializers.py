@@ -7,6 +7,7 @@ authors of DePT start from the embeddings of a sentence, repeated and cut to the
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import Vocabulary
-from deptjax.typing import Array, Key
+from deptjax.typing import Array, Float, Key
 
 KINDS = ("text", "vocab", "labels", "random")
 # The authors' sentence reads "Classify this text is postive or not:"; this is what it means.
@@ -56,6 +57,36 @@ def initial_prompt(start: str, text: str, key: Key, length: int, vocabulary: Voc
 def embedding_rms(embedding: Array) -> Array:
     """Returns the root mean square of a (V, D) table as a float32 scalar: the scale on which soft prompts live."""
     return jnp.sqrt(jnp.mean(jnp.square(embedding.astype(jnp.float32))))
+
+
+def uniform_within(limit: float) -> Callable[..., Array]:
+    """Returns a Linen initialiser of U(-limit, limit).
+
+    With `limit = 1 / sqrt(fan_in)` it is torch's for a linear layer and its bias, `kaiming_uniform_(a=sqrt(5))`.
+    """
+
+    def start(key: Key, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return start
+
+
+def fitted_factors(target: Float[Array, "*K M N"], drawn: Float[Array, "*K R N"]) -> tuple[Array, Array]:
+    """Returns factors (*K, M, R) and (*K, R, N), both float32, whose product is as near to `target` as rank R can be.
+
+    They are the balanced ones of a truncated singular value decomposition (Eckart and Young, 1936). Where the target
+    has a smaller rank than R, such as a short text that is repeated, the left factor is 0 and the right one keeps the
+    rows of `drawn`, so that training can use them.
+    """
+    left, values, right = jnp.linalg.svd(target.astype(jnp.float32), full_matrices=False)
+    rank, kept = drawn.shape[-2], min(drawn.shape[-2], values.shape[-1])
+    values = values[..., :kept]
+    real = values > 1e-5 * values[..., :1]
+    root = jnp.where(real, jnp.sqrt(values), 0.0)
+    left = left[..., :kept] * root[..., None, :]
+    fitted = jnp.where(real[..., None], root[..., None] * right[..., :kept, :], drawn[..., :kept, :])
+    gap = [(0, 0)] * (left.ndim - 1) + [(0, rank - kept)]
+    return jnp.pad(left, gap), jnp.concatenate([fitted, drawn[..., kept:, :]], axis=-2)
 
 
 def _ids(vocabulary: Vocabulary, texts: tuple[str, ...] | list[str]) -> np.ndarray:

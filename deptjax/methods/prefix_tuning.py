@@ -56,6 +56,7 @@ class PrefixTuning(TargetedMethod):
     """
 
     kind = "prefix_tuning"
+    starts_plain = False
 
     prefix_length: int = 20
     targets: str = "attention$"

@@ -17,8 +17,6 @@ from deptjax.errors import UserError
 from deptjax.methods.base import Method, method_fields
 from deptjax.typing import Array, Tree
 
-IN_FRONT = "prompt"  # the parameter whose last rows are the real ones
-
 
 def kind_of(method: Method) -> tuple[Any, ...]:
     """Returns what methods must have in common to share a room: all but sizes, scales and where training starts."""
@@ -68,7 +66,7 @@ def move_in(method: Method, trainable: Tree, room: Method, shapes: Tree) -> Tree
         name = path[-1].key
         leaf = jnp.asarray(leaf) * (own[name] / new[name] if own[name] else 0.0) if name in own else jnp.asarray(leaf)
         missing = [want - have for want, have in zip(like.shape, leaf.shape, strict=True)]
-        front = name == IN_FRONT
-        return jnp.pad(leaf, [(gap, 0) if front and axis == 0 else (0, gap) for axis, gap in enumerate(missing)])
+        front = leaf.ndim + room.in_front[name] if name in room.in_front else None
+        return jnp.pad(leaf, [(gap, 0) if axis == front else (0, gap) for axis, gap in enumerate(missing)])
 
     return jax.tree_util.tree_map_with_path(moved, trainable, shapes)

@@ -177,10 +177,11 @@ class Tuning:
         return {f"dev/{name}": score for name, score in scores.items()}
 
     def prompt(self, trainable: Tree, metrics: dict[str, float]) -> Prompt:
-        """Returns what is saved; every host must call it, since it gathers what is split over them."""
+        """Returns what is saved, folded; every host must call it, since it gathers what is split over them."""
+        method, folded = self.model.method.fold(to_host(trainable))
         return Prompt(
-            method=self.model.method,
-            trainable=to_host(trainable),
+            method=method,
+            trainable=folded,
             backbone=self.backbone.name,
             fingerprint=self.backbone.fingerprint,
             task=self.task.to_config(),

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from deptjax.methods import ZeroShot
+from deptjax.methods.base import Texts
 from deptjax.prompt import Prompt
 from deptjax.training.state import count_parameters
-from tests.cases import METHODS, Case, backbone_of, batch_of, case_of, make_case, rows_of, some_batch
+from tests.cases import METHODS, PROMPT_METHODS, Case, backbone_of, batch_of, case_of, make_case, rows_of, some_batch
 
 CASES = [(b, m, scan) for b in ("llama", "t5") for m in METHODS for scan in (False, True)]
 # What a family adds to the others' blocks is in its own tests; here, each of its sites once.
+# A prompt that comes about in another way is to a backbone what any prompt is.
+CASES += [("llama", m, False) for m in PROMPT_METHODS] + [("t5", "adept", True)]
 CASES += [("gpt2", "dept", True), ("gpt2", "lora", False), ("gpt2", "full", False)]
 LAYER, MODEL = 1e-5, 1e-4
 
@@ -37,22 +40,29 @@ def same(got: object, wanted: object) -> None:
 def test_no_effect_at_step_0(case: Case) -> None:
     """DePT starts as prompt tuning with its prompt; LoRA and full fine-tuning start as the frozen model.
 
-    A prefix cannot: whatever its keys and values are, it draws some of the attention.
+    A prefix cannot: whatever its keys and values are, it draws some of the attention. A method says so itself.
     """
-    batch = some_batch()
-    got = case.logits(case.trainable, case.frozen, batch)
-    prompt = case.trainable.get("input", {}).get("prompt")
-    scan = case.backbone.config.scan_layers
-    if prompt is None:
-        untuned = make_case_of_nothing(case).logits({}, case.backbone.params, batch)
-        if case.model.method.sites().attention is None:
-            close(got, untuned)
-        else:
-            assert np.abs(got - untuned).max() > 1e-2
-        return
-    plain = case_of(case.backbone.config.family, "prompt_tuning", scan)
-    close(got, plain.logits({"input": {"prompt": prompt}}, case.backbone.params, batch))
-    assert np.abs(got - make_case_of_nothing(case).logits({}, case.backbone.params, batch)).max() > 1e-2
+    batch, prompt = some_batch(), first_prompt(case)
+    got, untuned = (c.logits(c.trainable, c.frozen, batch) for c in (case, make_case_of_nothing(case)))
+    plain = untuned
+    if prompt is not None:
+        behind = case_of(case.backbone.config.family, "prompt_tuning", case.backbone.config.scan_layers)
+        plain = behind.logits({"input": {"prompt": prompt}}, case.backbone.params, batch)
+    if case.model.method.starts_plain:
+        close(got, plain)
+    else:
+        assert np.abs(got - plain).max() > 1e-2
+    assert prompt is None or np.abs(got - untuned).max() > 1e-2
+
+
+def first_prompt(case: Case) -> jax.Array | None:
+    """Returns the prompt that a method puts in front of a text at first, `None` for one without."""
+    fill = case.model.method.sites().input
+    if fill is None:
+        return None
+    embeds = jnp.zeros((1, 0, case.backbone.width))
+    prompt, _ = fill.apply({"params": case.trainable["input"]}, embeds, Texts.whole(embeds), method="streams")
+    return jnp.asarray(prompt)
 
 
 def make_case_of_nothing(case: Case) -> Case:
