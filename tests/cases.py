@@ -13,6 +13,7 @@ import numpy as np
 
 from deptjax.inference.rows import Rows
 from deptjax.methods import (
+    ACCEPT,
     DPT,
     ADePT,
     DePT,
@@ -21,6 +22,7 @@ from deptjax.methods import (
     Method,
     PrefixTuning,
     PromptTuning,
+    PTuning,
     ResidualPromptTuning,
 )
 from deptjax.models.backbone import Backbone
@@ -42,8 +44,10 @@ METHODS: dict[str, Method] = {
 }
 # More methods of the same sites: the contract holds of them too, and in fewer combinations.
 PROMPT_METHODS: dict[str, Method] = {
+    "accept": ACCEPT(5, 4, 3, MAX_LENGTH, 8, 2, prompt_init="vocab"),
     "adept": ADePT(prompt_length=5, rank=3, prompt_init="vocab"),
     "dpt": DPT(prompt_length=5, rank=3),
+    "p_tuning": PTuning(prompt_length=5, hidden=7, network="lstm"),
     "residual_prompt_tuning": ResidualPromptTuning(prompt_length=5, bottleneck=7, prompt_init="vocab"),
 }
 BACKBONES: dict[str, Callable[..., Backbone]] = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}

@@ -37,7 +37,7 @@ from deptjax.inference.controls import (
     nothing_yet,
 )
 from deptjax.inference.rows import Rows, extend_rows, select_beams, start_rows
-from deptjax.inference.stop import ACCEPT, advance
+from deptjax.inference.stop import ACCEPTING, advance
 from deptjax.typing import Array, Bool, Float, Int, Tokens, Tree
 
 
@@ -110,7 +110,7 @@ def _ends(states: Int[Array, "B K"], shape: tuple[int, ...], controls: Controls)
     tokens = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
     ends = is_eos(jnp.arange(shape[-1]), controls.eos_ids)[None, None]
     behind = advance(controls.stop_table, jnp.broadcast_to(states[..., None], shape), tokens)
-    return ends | (behind == ACCEPT)
+    return ends | (behind == ACCEPTING)
 
 
 def _continue(

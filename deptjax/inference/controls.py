@@ -14,7 +14,7 @@ import numpy as np
 
 from deptjax.errors import UserError
 from deptjax.inference.decoding import Decoding
-from deptjax.inference.stop import ACCEPT, NO_STOPS, START
+from deptjax.inference.stop import ACCEPTING, NO_STOPS, START
 from deptjax.typing import Array, Float, Int, Key
 
 RUNNING, LENGTH, EOS, STOP = -1, 0, 1, 2  # why a text ended; RUNNING only inside the loops
@@ -150,7 +150,7 @@ def end_reasons(tokens: Int[Array, "B N"], states: Int[Array, "B N"], t: Array, 
     """Returns (B, N) int8 why a text ends with its token `t`, or `RUNNING`. `states` are those behind the token."""
     last = jnp.broadcast_to((t + 1 >= controls.limits)[:, None], tokens.shape)
     reasons = jnp.where(last, LENGTH, RUNNING)
-    reasons = jnp.where(states == ACCEPT, STOP, reasons)
+    reasons = jnp.where(states == ACCEPTING, STOP, reasons)
     return jnp.where(is_eos(tokens, controls.eos_ids), EOS, reasons).astype(jnp.int8)
 
 

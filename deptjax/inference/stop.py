@@ -22,7 +22,7 @@ import numpy as np
 from deptjax.interop.token_bytes import token_bytes
 from deptjax.typing import Array, Int
 
-START, ACCEPT = 0, 1  # states of every table: nothing is written yet; a stop string is in the text, for good
+START, ACCEPTING = 0, 1  # states of every table: nothing is written yet; a stop string is in the text, for good
 NO_STOPS: Any = np.zeros((1, 1), np.int32)  # the table where there are no stop strings
 _ROOT = 2  # something is written, and no stop string has begun
 
@@ -78,7 +78,7 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 def byte_automaton(stops: Sequence[str]) -> np.ndarray:
     """Returns the next state for each state and byte: (S, 256) int32, of the UTF-8 of non-empty strings.
 
-    States 0 and 1 are `START` and `ACCEPT`, which is kept forever; the others are the beginnings of the strings.
+    States 0 and 1 are `START` and `ACCEPTING`, which is kept forever; the others are the beginnings of the strings.
 
     >>> steps = byte_automaton(["ab"])
     >>> int(steps[steps[START, ord("a")], ord("b")])
@@ -89,14 +89,14 @@ def byte_automaton(stops: Sequence[str]) -> np.ndarray:
         node, data = _ROOT, stop.encode()
         for byte in data[:-1]:
             node = children[node].setdefault(byte, len(children))
-            if node == ACCEPT:  # a shorter string ends here
+            if node == ACCEPTING:  # a shorter string ends here
                 break
             if node == len(children):
                 children.append({})
         else:
-            children[node][data[-1]] = ACCEPT
+            children[node][data[-1]] = ACCEPTING
     steps = np.full((len(children), 256), _ROOT, np.int32)
-    steps[ACCEPT] = ACCEPT
+    steps[ACCEPTING] = ACCEPTING
     # In order of length: the state behind a beginning is that behind its longest end which is a beginning too.
     fallback, queue = {_ROOT: _ROOT}, deque([_ROOT])
     while queue:
@@ -105,10 +105,10 @@ def byte_automaton(stops: Sequence[str]) -> np.ndarray:
         if node != _ROOT:
             steps[node] = shorter
         for byte, child in children[node].items():
-            if steps[node, byte] == ACCEPT:  # an end of this beginning is a string
+            if steps[node, byte] == ACCEPTING:  # an end of this beginning is a string
                 continue
             steps[node, byte] = child
-            if child != ACCEPT:
+            if child != ACCEPTING:
                 fallback[child] = _ROOT if node == _ROOT else int(shorter[byte])
                 queue.append(child)
     steps[START] = steps[_ROOT]

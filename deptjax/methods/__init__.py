@@ -1,5 +1,6 @@
 """The methods, one file each: DePT and its kin, prompt and prefix tuning, LoRA, full fine-tuning. See `base.py`."""
 
+from deptjax.methods.accept import ACCEPT, mixed_codewords
 from deptjax.methods.adept import ADePT, adept_offset
 from deptjax.methods.base import (
     AttentionSite,
@@ -18,12 +19,14 @@ from deptjax.methods.dept import DePT, dept_offset, rank_for_budget
 from deptjax.methods.dpt import DPT, dpt_prompt
 from deptjax.methods.full import FullFineTuning
 from deptjax.methods.lora import LoRA
+from deptjax.methods.p_tuning import PTuning
 from deptjax.methods.prefix_tuning import PrefixTuning
 from deptjax.methods.prompt_tuning import PromptTuning
 from deptjax.methods.residual_prompt_tuning import ResidualPromptTuning, residual_mlp
 from deptjax.methods.zero_shot import ZeroShot
 
 __all__ = [
+    "ACCEPT",
     "DPT",
     "ADePT",
     "AttentionSite",
@@ -32,6 +35,7 @@ __all__ = [
     "LinearSite",
     "LoRA",
     "Method",
+    "PTuning",
     "PrefixTuning",
     "PromptTuning",
     "ResidualPromptTuning",
@@ -46,6 +50,7 @@ __all__ = [
     "method_from_config",
     "method_names",
     "method_to_config",
+    "mixed_codewords",
     "rank_for_budget",
     "register_method",
     "residual_mlp",

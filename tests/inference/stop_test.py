@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deptjax.inference.stop import ACCEPT, START, advance, byte_automaton, cut_at_stop, stop_table
+from deptjax.inference.stop import ACCEPTING, START, advance, byte_automaton, cut_at_stop, stop_table
 from deptjax.interop import packaged
 from deptjax.interop.tokenizers import load_tokenizer, tokenizer_from_gguf
 from deptjax.testing import tiny_tokenizer
@@ -57,7 +57,7 @@ def stops_at(table: Any, tokens: np.ndarray) -> int:
     state = jnp.asarray(START)
     for count, token in enumerate(tokens, 1):
         state = advance(table, state, jnp.asarray(token))
-        if state == ACCEPT:
+        if state == ACCEPTING:
             return count
     return 0
 
@@ -133,7 +133,7 @@ def test_tables_have_few_shapes_and_are_kept() -> None:
     assert table.shape == (16, 60)
     assert table is stop_table(tokenizer, ("good film",), 60)
     assert stop_table(tokenizer, ("a good film", "b"), 60).shape == (16, 60)
-    assert (np.asarray(table)[ACCEPT] == ACCEPT).all()
+    assert (np.asarray(table)[ACCEPTING] == ACCEPTING).all()
     with_more = np.asarray(table)[:, len(tokenizer) :]  # logits of tokens that there are not
     np.testing.assert_array_equal(with_more, np.broadcast_to(with_more[:, :1], with_more.shape))
     assert with_more[START, 0] == START
@@ -148,7 +148,7 @@ def test_the_automaton_finds_what_a_search_finds() -> None:
         steps, state = byte_automaton(stops), START
         for at, byte in enumerate(text.encode(), 1):
             state = steps[state, byte]
-            assert (state == ACCEPT) == any(stop in text[:at] for stop in stops), (stops, text[:at])
+            assert (state == ACCEPTING) == any(stop in text[:at] for stop in stops), (stops, text[:at])
 
 
 def test_cut_at_stop_is_the_same_wherever_the_text_ends() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.inference.prompt_bank import PromptBank
-from deptjax.methods import Method, PromptTuning, ResidualPromptTuning
+from deptjax.methods import Method, PromptTuning, PTuning, ResidualPromptTuning
 from deptjax.prompt import Prompt
 from deptjax.training.config import TrainConfig
 from deptjax.training.population import train_population
@@ -25,9 +25,11 @@ from tests.reviews import review_prompt, review_task
 
 FOLDED: dict[str, Method] = {
     "residual": ResidualPromptTuning(prompt_length=5, bottleneck=7, prompt_init="vocab"),
+    "p_tuning": PTuning(prompt_length=5, hidden=7),
+    "p_tuning, lstm": PTuning(prompt_length=5, hidden=7, network="lstm"),
     "residual, separate": ResidualPromptTuning(prompt_length=5, bottleneck=7, separate=True, norm=False),
 }
-FAMILIES = {"residual": "llama", "residual, separate": "t5"}
+FAMILIES = {"residual": "llama", "residual, separate": "t5", "p_tuning": "t5", "p_tuning, lstm": "llama"}
 
 
 @pytest.mark.parametrize("name", FOLDED)

@@ -1,0 +1,135 @@
+"""ACCEPT: soft prompts whose parts are mixtures of shared codewords, one in front of the text and one added to it.
+
+A vector of D numbers is K = D / t parts of t numbers; part k is a mix of the R codewords (R, t) of codebook k, with
+free weights:
+
+    prompt   p_i = [ sum_r W[i, 1, r] C[1, r] ; ... ; sum_r W[i, K, r] C[K, r] ]      i = 1 .. M     (SCPP)
+    offset   o_i = the same of another codebook and other weights                     i = 1 .. X     (SCAP)
+    input    = [P; E + O[:T]]                          row i of O belongs to token i of the text itself
+
+Lin et al., "ACCEPT: Adaptive Codebook for Composite and Efficient Prompt Tuning", EMNLP Findings 2024, arXiv
+2410.12847. The default sizes are those of the authors' T5-base run. Weights start from U(-1/sqrt(K R), 1/sqrt(K R)),
+the prompt's codebook from U(-1/sqrt(R t), 1/sqrt(R t)) and the offset's from U(-sqrt(6/(R t)), sqrt(6/(R t))): torch's
+`kaiming_uniform_` as the authors call it. **So the offset is not zero at the start**, as published. Where the prompt
+starts from a text, its weights and codewords are those whose mix is nearest to it (the authors load such ones from a
+file). The offset is added with scale 1, and only to source tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from deptjax.errors import UserError
+from deptjax.methods import initializers
+from deptjax.methods.base import Texts, Vocabulary, register_method
+from deptjax.methods.input_method import InputMethod
+from deptjax.typing import Array, Float, Key, Tree
+
+
+def mixed_codewords(weights: Float[Array, "*M K R"], codebook: Float[Array, "K R t"]) -> Float[Array, "*M D"]:
+    """Returns vectors of D = K t numbers: part k of each is its mix of the codewords of codebook k.
+
+    >>> mixed_codewords(jnp.ones((5, 3, 2)), jnp.ones((3, 2, 4))).shape
+    (5, 12)
+    """
+    parts = jnp.einsum("...kr,krt->...kt", weights, codebook)
+    return parts.reshape(*parts.shape[:-2], -1)
+
+
+def codebooks(width: int, part: int, field: str) -> int:
+    """Returns K, how many parts of `part` numbers `width` has. Raises `UserError` naming the field where it has none.
+
+    >>> codebooks(768, 32, "prompt_part")
+    24
+    """
+    if width % part == 0:
+        return width // part
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    near = [n for n in divisors if n < part][-1:] + [n for n in divisors if n > part][:1]
+    known = " or ".join(map(str, near))
+    raise UserError(f"accept: {field} {part} does not divide the backbone's width {width}; use {known}")
+
+
+@register_method
+class ACCEPT(InputMethod):
+    """ACCEPT, as a Linen module of its own: usable in front of any model that takes embeddings.
+
+    Attributes:
+      prompt_length: M, vectors in front of the text.
+      prompt_part: t of the prompt, numbers in a codeword; it must divide the width of the embeddings.
+      prompt_codewords: R of the prompt, codewords in a codebook.
+      max_length: X, the longest text in tokens that has offsets.
+      offset_part: t of the offsets, as `prompt_part`.
+      offset_codewords: R of the offsets.
+      prompt_init: `random` keeps weights and codewords as they are drawn; text, vocab (sampled), labels, or a saved
+        prompt's folder starts from those whose mix is nearest to that prompt.
+      prompt_text: the text that the prompt starts from, with `prompt_init="text"`.
+    """
+
+    kind = "accept"
+    starts_plain = False
+    sizes = ("prompt_length", "prompt_codewords", "max_length", "offset_codewords")
+    more_sizes = ("prompt_part", "offset_part")
+    free = ("prompt_init", "prompt_text")
+    in_front = {"prompt_weights": -3}
+
+    prompt_length: int = 60
+    prompt_part: int = 32
+    prompt_codewords: int = 20
+    max_length: int = 256
+    offset_part: int = 256
+    offset_codewords: int = 20
+    prompt_init: str = "text"
+    prompt_text: str = initializers.DEFAULT_TEXT
+
+    def resolve(self, width: int) -> ACCEPT:
+        codebooks(width, self.prompt_part, "prompt_part")
+        codebooks(width, self.offset_part, "offset_part")
+        return self
+
+    @nn.compact
+    def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
+        """Returns the prompt (M, D) and the source embeddings with their offsets, in the dtype of `embeds`."""
+        width, length, positions = embeds.shape[-1], embeds.shape[1], texts.positions
+        if positions is None and length > self.max_length:
+            raise UserError(f"{length} tokens are more than max_length {self.max_length}; raise max_length")
+        prompt = self._mixed("prompt", self.prompt_length, width, self.prompt_part, self.prompt_codewords, 1.0)
+        # torch's gain without `a` is sqrt(2), and 1/sqrt(3) with a = sqrt(5).
+        offset = self._mixed("offset", self.max_length, width, self.offset_part, self.offset_codewords, math.sqrt(6.0))
+        if positions is None:
+            offset = offset[:length]
+        else:  # an index outside gets zeros: no offset for padding, none behind max_length
+            offset = offset.at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
+        return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
+
+    def _mixed(self, name: str, rows: int, width: int, part: int, codewords: int, gain: float) -> Float[Array, "_ D"]:
+        """Returns the vectors of one of the two, of parameters `NAME_weights` and `NAME_codebook`."""
+        count = codebooks(width, part, f"{name}_part")
+        start = initializers.uniform_within(1.0 / math.sqrt(count * codewords))
+        weights = self.param(f"{name}_weights", start, (rows, count, codewords))
+        start = initializers.uniform_within(gain / math.sqrt(codewords * part))
+        return mixed_codewords(weights, self.param(f"{name}_codebook", start, (count, codewords, part)))
+
+    def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
+        if self.prompt_init == "random":
+            return params
+        start = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, self.prompt_length, vocabulary)
+        parts = start.reshape(self.prompt_length, -1, self.prompt_part).swapaxes(0, 1)
+        weights, codebook = initializers.fitted_factors(parts, params["prompt_codebook"])
+        return {**params, "prompt_weights": weights.swapaxes(0, 1), "prompt_codebook": codebook}
+
+    def group(self, path: tuple[str, ...]) -> str:
+        return "prompt" if path[-1].startswith("prompt") else "low_rank"
+
+    def learning_rates(self, prompt_lr: float) -> dict[str, float]:
+        # 5e-3 is the largest of the authors' rates for the added part, as it is of DePT's; see there.
+        return {"prompt": prompt_lr, "low_rank": min(5e-3, 1.25 * prompt_lr)}
+
+    def source_limit(self) -> int:
+        return self.max_length
+
+    def positions_in_front(self) -> int:
+        return self.prompt_length
