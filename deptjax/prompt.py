@@ -40,6 +40,7 @@ class Prompt:
       task: the task's configuration (template, labels, metrics).
       metrics: scores of this prompt, `{"dev/accuracy": 0.9}`.
       settings: what else prediction must repeat (`max_length`).
+      encoder: of a method with an encoder, its `name` and `fingerprint`.
       run_id: 12 hex digits that depend on the parameters and the run's configuration, as a git commit does on its tree.
     """
 
@@ -51,6 +52,7 @@ class Prompt:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     run_id: str = ""
+    encoder: dict[str, Any] | None = None
 
     @classmethod
     def build(cls, method: dict[str, Any], trainable: Tree, backbone: Any) -> Prompt:
@@ -65,10 +67,14 @@ class Prompt:
         """The method as JSON: `{"method": kind, field: value, ...}`."""
         return method_to_config(self.method)
 
+    @property
+    def _encoder(self) -> tuple[dict[str, Any], ...]:
+        return () if self.encoder is None else (self.encoder,)
+
     def with_run_id(self) -> Prompt:
         """Returns the prompt with the run_id of what it holds, which `save` would give it."""
         tensors = {k: np.ascontiguousarray(v) for k, v in _flatten(self.trainable).items()}
-        run_id = _digest(tensors, self.method_config, self.fingerprint, self.task, self.settings)
+        run_id = _digest(tensors, self.method_config, self.fingerprint, self.task, self.settings, *self._encoder)
         return dataclasses.replace(self, run_id=run_id)
 
     def check_backbone(self, backbone: Any, where: str = "this prompt") -> None:
@@ -96,12 +102,13 @@ class Prompt:
 
         folder = pathlib.Path(folder)
         tensors = {k: np.ascontiguousarray(v) for k, v in _flatten(self.trainable).items()}
-        run_id = _digest(tensors, method_to_config(self.method), self.fingerprint, self.task, self.settings)
+        run_id = _digest(tensors, self.method_config, self.fingerprint, self.task, self.settings, *self._encoder)
         card = {
             "format": 1,
             "run_id": run_id,
             "method": method_to_config(self.method),
             "backbone": {"name": self.backbone, "fingerprint": self.fingerprint},
+            **({} if self.encoder is None else {"encoder": self.encoder}),
             "task": self.task,
             "settings": self.settings,
             "metrics": self.metrics,
@@ -142,6 +149,7 @@ class Prompt:
                 metrics=card["metrics"],
                 settings=card["settings"],
                 run_id=card["run_id"],
+                encoder=card.get("encoder"),
             )
         except json.JSONDecodeError as error:
             raise UserError(f"{folder / CARD} is not JSON: line {error.lineno}: {error.msg}") from error
@@ -155,7 +163,8 @@ class Prompt:
             raise UserError(f"{folder} cannot be read: {error}") from error
         except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise UserError(f"{folder / CARD} was not written by deptjax, or is damaged: {error}") from error
-        if prompt.run_id != _digest(tensors, card["method"], prompt.fingerprint, prompt.task, prompt.settings):
+        said = (card["method"], prompt.fingerprint, prompt.task, prompt.settings, *prompt._encoder)
+        if prompt.run_id != _digest(tensors, *said):
             raise UserError(
                 f"{folder / TENSORS} and {CARD} do not belong together: one of them was changed or damaged since they "
                 f"were written as run_id {prompt.run_id}; take a copy that is whole"
@@ -202,6 +211,8 @@ def _check_card(card: Any) -> None:
     if isinstance(card["backbone"], dict):
         fields["backbone name"] = (card["backbone"]["name"], str)
         fields["backbone fingerprint"] = (card["backbone"]["fingerprint"], dict)
+    if card.get("encoder") is not None:
+        fields["encoder"] = (card["encoder"], dict)
     for name, (value, kind) in fields.items():
         if not isinstance(value, kind):
             told = "an object" if kind is dict else "a text"

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.inference.rows import Rows
+from deptjax.inference.text_encoder import encoder_of
 from deptjax.methods import (
     ACCEPT,
     DPT,
+    IDPG,
     ADePT,
     DePT,
     FullFineTuning,
+    LoPA,
     LoRA,
     Method,
     PrefixTuning,
@@ -50,6 +53,11 @@ PROMPT_METHODS: dict[str, Method] = {
     "p_tuning": PTuning(prompt_length=5, hidden=7, network="lstm"),
     "residual_prompt_tuning": ResidualPromptTuning(prompt_length=5, bottleneck=7, prompt_init="vocab"),
 }
+# What depends on the text by an encoder, which here is the backbone itself.
+ENCODED: dict[str, Method] = {
+    "lopa": LoPA(prompt_length=5, rank=2, hidden=7, prompt_init="vocab"),
+    "idpg": IDPG(prompt_length=5, hidden=6, generator="dense"),
+}
 BACKBONES: dict[str, Callable[..., Backbone]] = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
 RATES = {"prompt": 0.1, "low_rank": 0.01, "backbone": 1e-3}
 
@@ -80,8 +88,9 @@ class Case:
 
     @functools.cached_property
     def logits(self) -> Callable[..., jax.Array]:
-        """The model's `target_logits`, jitted."""
-        return jax.jit(self.model.target_logits)
+        """The model's `target_logits`, jitted; the encoder of a method that has one reads the texts before."""
+        run = jax.jit(self.model.target_logits)
+        return lambda trainable, frozen, batch: run(trainable, frozen, self.read(batch))
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -91,7 +100,17 @@ class Case:
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
         """A training step over the whole vocabulary, without dropout."""
-        return make_train_step(make_loss(self.model), self.tx)
+        run = make_train_step(make_loss(self.model), self.tx)
+        return lambda state, frozen, batch: run(state, frozen, self.read(batch))
+
+    def read(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns a batch with what the method's encoder, if it has one, makes of its texts."""
+        encoder = encoder_of(self.model.method, self.backbone)
+        if encoder is None:
+            return batch
+        source, mask = np.asarray(batch["source"]), np.asarray(batch["source_mask"])
+        vectors = encoder.vectors([ids[real] for ids, real in zip(source, mask, strict=True)])
+        return {**batch, "encoding": jnp.asarray(vectors)}
 
     @functools.cached_property
     def tx(self) -> Any:
@@ -118,14 +137,14 @@ class Case:
 
 def make_case(backbone: Backbone, method: Method, **fields: Any) -> Case:
     """Returns the case of any method on any backbone."""
-    model = PromptedModel.build(backbone, method, **fields)
+    model = PromptedModel.build(backbone, method.with_encoding_width(backbone.width), **fields)
     return Case(backbone, model, *model.init(jax.random.key(1), backbone.params, backbone.vocabulary()))
 
 
 @functools.cache
 def case_of(backbone: str, method: str, scan: bool = False) -> Case:
     """Returns a case by the names of its parts; the same one at each call, so that what it compiles is shared."""
-    return make_case(backbone_of(backbone, scan), (METHODS | PROMPT_METHODS)[method])
+    return make_case(backbone_of(backbone, scan), (METHODS | PROMPT_METHODS | ENCODED)[method])
 
 
 def rows_of(lengths: Sequence[int], seed: int = 0, vocab: int = 50) -> list[np.ndarray]:

@@ -71,3 +71,12 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
     if at == len(buckets):
         raise ValueError(f"no bucket of {tuple(buckets)} holds {length} tokens")
     return buckets[at]
+
+
+def power_of_two(length: int, least: int = 16) -> int:
+    """Returns the least power of two that holds a text of so many tokens, and is not below `least`.
+
+    >>> power_of_two(3), power_of_two(33)
+    (16, 64)
+    """
+    return max(least, 1 << (length - 1).bit_length())

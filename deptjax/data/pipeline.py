@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from deptjax.data.buckets import bucket_of, choose_buckets
+from deptjax.data.buckets import bucket_of, choose_buckets, power_of_two
 from deptjax.data.preprocess import Example
 from deptjax.errors import UserError
 
@@ -82,7 +82,13 @@ def choose_target_buckets(examples: Sequence[Example]) -> tuple[int, ...]:
     return choose_buckets(lengths, count=4)
 
 
-def collate(examples: Sequence[Example], source_length: int, target_length: int, rows: int | None = None) -> Batch:
+def collate(
+    examples: Sequence[Example],
+    source_length: int,
+    target_length: int,
+    rows: int | None = None,
+    encoder_length: int | None = None,
+) -> Batch:
     """Returns a batch of `examples` padded on the right to the lengths given.
 
     Args:
@@ -91,15 +97,17 @@ def collate(examples: Sequence[Example], source_length: int, target_length: int,
         target_length: U.
         rows: B; more than there are examples adds copies of the last one with weight 0 (real tokens, so that no row is
             masked whole, which would make a softmax over nothing). None for their number.
+        encoder_length: E; None for the least power of two.
 
     Returns source (B, T) int32, source_mask (B, T) bool, targets (B, U) int32, target_mask (B, U) bool, label (B,)
-    int32, weight (B,) float32. Raises `ValueError` for a text longer than its padded length.
+    int32, weight (B,) float32; of examples with `encoder_source` also that, (B, E) int32, and encoder_mask (B, E) bool.
+    Raises `ValueError` for a text longer than its padded length.
     """
     filled = [*examples, *[examples[-1]] * ((rows or len(examples)) - len(examples))]
     weight = np.zeros(len(filled), np.float32)
     weight[: len(examples)] = 1
-    source, source_mask = _pad([example.source for example in filled], source_length)
-    targets, target_mask = _pad([example.target for example in filled], target_length)
+    source, source_mask = pad([example.source for example in filled], source_length)
+    targets, target_mask = pad([example.target for example in filled], target_length)
     return {
         "source": source,
         "source_mask": source_mask,
@@ -107,10 +115,28 @@ def collate(examples: Sequence[Example], source_length: int, target_length: int,
         "target_mask": target_mask,
         "label": np.asarray([example.label for example in filled], np.int32),
         "weight": weight,
+        **_read_by_encoder(filled, encoder_length),
     }
 
 
-def _pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_by_encoder(examples: Sequence[Example], length: int | None) -> Batch:
+    """Returns the texts in an encoder's tokens, if they are there."""
+    rows = _encoder_rows(examples)
+    if not rows:
+        return {}
+    ids, mask = pad(rows, power_of_two(max(map(len, rows))) if length is None else length)
+    return {"encoder_source": ids, "encoder_mask": mask}
+
+
+def _encoder_rows(examples: Sequence[Example]) -> list[np.ndarray]:
+    return [example.encoder_source for example in examples if example.encoder_source is not None]
+
+
+def pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids (B, length) int32, padded on the right with 0, and their mask.
+
+    Raises `ValueError` for a row that is longer.
+    """
     lengths = np.asarray([len(row) for row in rows])
     if lengths.max() > length:
         raise ValueError(f"a text of {lengths.max()} tokens does not fit the padded length {length}")
@@ -171,10 +197,12 @@ def train_batches(
 
     def make(index: int) -> Batch:
         rows = plan.batch(index)
+        read = _encoder_rows([examples[row] for row in rows])  # of all hosts, whose shapes are the same
         return collate(
             [examples[row] for row in rows[mine]],
             bucket_of(int(sources[rows].max()), buckets),
             bucket_of(int(targets[rows].max()), target_buckets),
+            encoder_length=power_of_two(max(map(len, read))) if read else None,
         )
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,11 +40,15 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One encoded row: `source` (T,) int32, not empty; `target` (U,) int32; `label` index, -1 for free text."""
+    """One encoded row: `source` (T,) int32, not empty; `target` (U,) int32; `label` index, -1 for free text.
+
+    `encoder_source` (E,) int32 is the source text in the tokens of a method's encoder, if it has one.
+    """
 
     source: np.ndarray
     target: np.ndarray
     label: int
+    encoder_source: np.ndarray | None = None
 
 
 class Preprocessor:
@@ -69,6 +73,7 @@ class Preprocessor:
         max_length: int,
         on_too_long: str = "cut",
         max_target_length: int | None = None,
+        encoder_tokens: Callable[[Sequence[str]], list[np.ndarray]] | None = None,
     ):
         """Prepares the encoding of `task`.
 
@@ -79,6 +84,7 @@ class Preprocessor:
             max_length: the most tokens of a source, special tokens included.
             on_too_long: `cut`, which warns once, or `error`.
             max_target_length: the most tokens of a free-text target, the end token included; None for the task's own.
+            encoder_tokens: what makes an encoder's tokens of source texts.
 
         Raises `UserError` for a setting out of range, or a tokenizer without an end token where one is needed.
         """
@@ -91,6 +97,7 @@ class Preprocessor:
         self.task = task
         self.cut_count = 0
         self.tokenizer = tokenizer
+        self._encoder_tokens = encoder_tokens
         self._causal = causal
         self.max_length = max_length
         self._on_too_long = on_too_long
@@ -214,9 +221,10 @@ class Preprocessor:
             labels = [-1] * len(rows)
             pieces = self._target_pieces(fitted, [self.task.target_text(row) for row in rows])
             targets = [self._fit_target(ids, row.origin) for ids, row in zip(pieces, rows, strict=True)]
+        read = [None] * len(rows) if self._encoder_tokens is None else self._encoder_tokens(texts)
         return [
-            Example(np.asarray(source, np.int32), np.asarray(target, np.int32), label)
-            for (_, source), target, label in zip(fitted, targets, labels, strict=True)
+            Example(np.asarray(source, np.int32), np.asarray(target, np.int32), label, own)
+            for (_, source), target, label, own in zip(fitted, targets, labels, read, strict=True)
         ]
 
     @functools.cached_property

@@ -16,6 +16,7 @@ import numpy as np
 from deptjax.errors import UserError
 from deptjax.inference.inputs import Text, preprocessor_of, source_text, text_list, text_origin
 from deptjax.inference.prompt_bank import Source, usable_prompt
+from deptjax.inference.text_encoder import SavedEncoders
 from deptjax.methods.base import Texts
 from deptjax.models.backbone import Backbone
 
@@ -51,7 +52,7 @@ def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], I
             "it; use a prompt of dept or prompt_tuning"
         )
     try:
-        preprocessor = preprocessor_of(backbone, usable)
+        preprocessor, encoder = preprocessor_of(backbone, usable), SavedEncoders(backbone).of(usable)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     module = backbone.module()
@@ -63,7 +64,9 @@ def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], I
         if cut == 0 and preprocessor.cut_count:
             logger.warning("texts of more than %d tokens, the prompt's max_length, are cut", preprocessor.max_length)
         embeds = module.apply({"params": backbone.params}, jnp.asarray(tokens)[None], method="embed")
-        vectors, embeds = sites.input.apply({"params": trainable}, embeds, Texts.whole(embeds), method="streams")
+        encoding = None if encoder is None else jnp.asarray(encoder.vectors(encoder.tokens([filled])))
+        texts = Texts.whole(embeds, encoding)
+        vectors, embeds = sites.input.apply({"params": trainable}, embeds, texts, method="streams")
         if vectors is None:
             return filled, np.asarray(embeds[0])
         return filled, np.concatenate([np.asarray(vectors).reshape(-1, backbone.width), np.asarray(embeds[0])])

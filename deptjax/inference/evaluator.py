@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from deptjax.data.pipeline import eval_batches
 from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.inference.answers import Answer, Reader, answer_batch
 from deptjax.inference.rows import Rows
+from deptjax.inference.text_encoder import TextEncoder
+from deptjax.methods.encoded import ENCODER, without_encoder
 from deptjax.sharding import Placement, put_leaf
 from deptjax.typing import Tree
 
@@ -27,6 +30,7 @@ class Evaluator:
       batch_size: rows a batch.
       buckets: the source lengths that batches are padded to.
       placement: the devices; by default one.
+      encoder: what reads the texts, for a method with an encoder.
     """
 
     def __init__(
@@ -38,8 +42,9 @@ class Evaluator:
         batch_size: int = 32,
         buckets: Sequence[int],
         placement: Placement | None = None,
+        encoder: TextEncoder | None = None,
     ) -> None:
-        self._model, self._placement = model, placement
+        self._model, self._placement, self._encoder = model, placement, encoder
         self._reader = Reader(preprocessor, mode)
         self._batch_size, self._buckets = batch_size, tuple(buckets)
 
@@ -52,9 +57,13 @@ class Evaluator:
     ) -> list[Answer]:
         """Returns one answer an example. `on_rows(n)` is called after each batch with the number of its rows."""
         answers: list[Answer | None] = [None] * len(examples)
-        rows = Rows.shared(self._model, trainable, frozen)
+        weights = trainable.get(ENCODER)
+        rows = Rows.shared(self._model, without_encoder(trainable), frozen)
         for indices, batch in eval_batches(examples, batch_size=self._batch_size, buckets=self._buckets):
-            placed = self._put({name: batch[name] for name in ("source", "source_mask")})
+            if self._encoder is not None:
+                batch = self._encoder.of_batch(batch, weights)
+            placed = self._put({name: batch[name] for name in ("source", "source_mask", "encoding") if name in batch})
+            rows = dataclasses.replace(rows, encoding=placed.get("encoding"))
             readers = [self._reader] * len(indices)
             found = answer_batch(self._model, frozen, rows, placed["source"], placed["source_mask"], readers)
             for index, answer in zip(indices, found, strict=True):

@@ -24,6 +24,7 @@ from deptjax.inference.prompt_bank import Source, usable_prompt
 from deptjax.inference.rows import Rows
 from deptjax.inference.scoring import sequence_scores
 from deptjax.inference.served import Served, ServedTasks
+from deptjax.inference.text_encoder import TextEncoder
 from deptjax.models.backbone import Backbone
 from deptjax.typing import Tree
 
@@ -65,6 +66,7 @@ class Predictor:
       batch_size: the most rows a batch.
       decoding: how text is generated, where a task has no labels; by default greedily.
       on_too_long: a text of more tokens than its prompt's `max_length` is `cut`, with a warning, or an `error`.
+      encoder: a loaded encoder for prompts of methods that have one, in place of the one that they name.
     """
 
     def __init__(
@@ -74,12 +76,13 @@ class Predictor:
         batch_size: int = 32,
         decoding: Decoding | None = None,
         on_too_long: str = "cut",
+        encoder: Backbone | None = None,
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
         self._backbone, self._batch_size, self._decoding = backbone, batch_size, _decoding(decoding)
         self._tokenizing = threading.Lock()  # tokenizers are not made to be called by two threads at once
-        self._served = ServedTasks(backbone, on_too_long, self._tokenizing)
+        self._served = ServedTasks(backbone, on_too_long, self._tokenizing, encoder)
         if not isinstance(prompts, Mapping):
             _, only = usable_prompt(backbone, prompts, "prompt")
             prompts = {str(only.task.get("name", "prompt")): only}
@@ -237,8 +240,9 @@ class Predictor:
                         "task '%s': texts of more than %d tokens, the prompt's max_length, are cut",
                         *(served.name, pre.max_length),
                     )
-            for place, text, source in zip(places, sources, ids, strict=True):
-                requests[place] = _Request(place, served, served.reader, text, Example(source, placeholder, -1))
+                read = [None] * len(places) if served.encoder is None else served.encoder.tokens(sources)
+            for place, text, source, own in zip(places, sources, ids, read, strict=True):
+                requests[place] = _Request(place, served, served.reader, text, Example(source, placeholder, -1, own))
         return [request for request in requests if request is not None]
 
     def _in_batches(
@@ -274,6 +278,7 @@ class Predictor:
         limit = model.method.source_limit()
         length = length if limit is None else min(length, limit)
         arrays = collate([request.example for request in batch], length, 1, rows=size)
+        rows = dataclasses.replace(rows, encoding=_encodings(batch, size))
         return model, bank.frozen, rows, jnp.asarray(arrays["source"]), jnp.asarray(arrays["source_mask"])
 
     def _size(self, count: int) -> int:
@@ -311,6 +316,21 @@ class Predictor:
                 return request.reader.preprocessor.continuation_ids(request.source_text, texts, end)
         except UserError as error:
             raise UserError(f"text {request.place + 1}: {error}") from None
+
+
+def _encodings(batch: Sequence[_Request], size: int) -> Any:
+    """Returns what its task's encoder makes of each text of a batch, (size, H), or `None` without encoders."""
+    read: dict[TextEncoder, list[int]] = {}
+    for row, request in enumerate(batch):
+        if request.served.encoder is not None:
+            read.setdefault(request.served.encoder, []).append(row)
+    if not read:
+        return None
+    found = np.zeros((size, next(iter(read)).width), np.float32)
+    for encoder, rows in read.items():
+        texts = [batch[row].example.encoder_source for row in rows]
+        found[rows] = encoder.vectors([tokens for tokens in texts if tokens is not None])
+    return jnp.asarray(found)
 
 
 def _tell_no_numbers(served: Served, has_numbers: bool) -> None:
@@ -351,6 +371,7 @@ def evaluate(
     examples: int | None = None,
     batch_size: int = 32,
     on_rows: Callable[[int], object] = lambda rows: None,
+    encoder: Backbone | None = None,
 ) -> dict[str, float]:
     """Returns the task's metrics of a prompt on a split: `{"test/accuracy": 0.9}`.
 
@@ -362,6 +383,7 @@ def evaluate(
       examples: how many rows are scored, the first of the split; `None` for all.
       batch_size: rows a batch.
       on_rows: called after each batch with the number of its rows.
+      encoder: as a `Predictor` takes it.
     """
     _, prompt = usable_prompt(backbone, prompt, "task")
     chosen = Task.from_config(prompt.task) if task is None else get_task(task) if isinstance(task, str) else task
@@ -370,6 +392,6 @@ def evaluate(
     if split not in ("train", "dev", "test") or not rows:
         raise UserError(f"task '{chosen.name}' has no rows in split '{split}'")
     rows = rows[:examples]
-    answers = Predictor(backbone, {chosen.name or "task": prompt}, batch_size)(rows, on_rows=on_rows)
+    answers = Predictor(backbone, {chosen.name or "task": prompt}, batch_size, encoder=encoder)(rows, on_rows=on_rows)
     scores = data.task.score([answer.text for answer in answers], rows)
     return {f"{split}/{name}": value for name, value in scores.items()}

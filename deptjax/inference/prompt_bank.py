@@ -27,6 +27,7 @@ import numpy as np
 from deptjax.errors import UserError, nearest
 from deptjax.inference.rows import Rows, front_of
 from deptjax.methods.base import Method
+from deptjax.methods.encoded import without_encoder
 from deptjax.methods.room import has_room, move_in, room_for
 from deptjax.models.backbone import Backbone
 from deptjax.models.fused_attention import MAPPED
@@ -141,6 +142,7 @@ class PromptBank:
     def rows(self, names: Sequence[str]) -> Rows:
         """Returns what a batch is run with whose row i belongs to task `names[i]`.
 
+        Of a method with an encoder, its vectors of the texts are still to be put into `encoding`.
         Raises `UserError` for a name that is not there.
         """
         return self.take(names)[1]
@@ -175,7 +177,7 @@ class PromptBank:
             method = room_for([room.model.method, prompt.method])
             if not has_room(room.model.method, prompt.method):
                 room, stack = self._moved(self._now, method)
-            member = room.member(prompt.method, prompt.trainable)
+            member = room.member(prompt.method, without_encoder(prompt.trainable))
             if name not in self._slots and not self._free:
                 size = max(math.ceil(size * GROWTH), size + 1)
                 stack = _grown(stack, size)
@@ -209,7 +211,7 @@ class _Room:
       backbone: the frozen model.
       model: the backbone with the method that has room for all tasks.
       shapes: of that method's parameters.
-      has_prompt: whether it puts a prompt in front of the text.
+      has_prompt: whether it puts a prompt in front of the text, the same for all texts.
       keeps_front: whether what the prompt is to a text is kept as well; an encoder computes nothing of it ahead.
     """
 
@@ -223,6 +225,7 @@ class _Room:
     def build(cls, backbone: Backbone, method: Method) -> _Room:
         model = PromptedModel.build(backbone, method)
         has_prompt = method.positions_in_front() > 0
+        has_prompt = has_prompt and not method.by_instance  # then it is made of each text
         keeps_front = has_prompt and not backbone.config.is_encoder_decoder
         return cls(backbone, model, model.shapes(backbone.width), has_prompt, keeps_front)
 
@@ -281,7 +284,7 @@ def usable_prompt(backbone: Backbone, prompt: Source, name: str) -> tuple[str, P
         raise UserError(f"{where} is a {type(prompt).__name__}; give a Prompt, or the path of one")
     prompt.check_backbone(backbone, where)
     prompt = prompt.on(backbone)
-    check_parameters(backbone, prompt.method, prompt.trainable, where)
+    check_parameters(backbone, prompt.method, without_encoder(prompt.trainable), where)
     for path, leaf in jax.tree_util.tree_leaves_with_path(prompt.trainable):
         if not (jnp.issubdtype(leaf.dtype, jnp.floating) and bool(np.all(np.isfinite(np.asarray(leaf))))):
             tensor = "/".join(str(key.key) for key in path)

@@ -26,11 +26,13 @@ class Rows:
       trainable: the method's parameters.
       front: what their prompt is to the text behind it, from `PromptedModel.front`; `None` where there is no prompt,
         or one that depends on the text.
+      encoding: (B, H), what the method's encoder makes of each row's text; `None` for a method without one.
       apart: whether the leaves of both have a leading axis B, a row of it for each row of the batch.
     """
 
     trainable: Tree
     front: Any = None
+    encoding: Array | None = None
     apart: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -65,11 +67,13 @@ def start_rows(
     `max_new` tokens a beam.
     """
 
-    def start(trainable: Tree, front: Any, source: Array, mask: Array, vocab_ids: Array | None) -> Any:
-        return model.start(trainable, frozen, front, source, mask, max_new, beams, vocab_ids)
+    def start(trainable: Tree, front: Any, source: Array, mask: Array, vocab_ids: Array | None, encoding: Any) -> Any:
+        return model.start(trainable, frozen, front, source, mask, max_new, beams, vocab_ids, encoding)
 
-    in_axes = (*rows.axes(), 0, 0, None if vocab_ids is None or vocab_ids.ndim == 1 else 0)
-    return jax.vmap(start, in_axes, axis_name=MAPPED)(rows.trainable, rows.front, source, source_mask, vocab_ids)
+    own = None if vocab_ids is None or vocab_ids.ndim == 1 else 0
+    in_axes = (*rows.axes(), 0, 0, own, None if rows.encoding is None else 0)
+    mapped = jax.vmap(start, in_axes, axis_name=MAPPED)
+    return mapped(rows.trainable, rows.front, source, source_mask, vocab_ids, rows.encoding)
 
 
 def extend_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from deptjax.inference.answers import MODES, Reader
 from deptjax.inference.inputs import preprocessor_of
 from deptjax.inference.prompt_bank import PromptBank, Source, usable_prompt
 from deptjax.inference.rows import Rows
+from deptjax.inference.text_encoder import SavedEncoders, TextEncoder
 from deptjax.methods.base import Method
 from deptjax.methods.room import kind_of, room_for
 from deptjax.models.backbone import Backbone
@@ -44,10 +45,20 @@ class Served:
       method: of its prompt, resolved.
       reader: how its answers are read.
       bank: where its prompt lies, under `key`.
+      encoder: what reads its texts, for a method with an encoder.
     """
 
-    def __init__(self, name: str, method: Method, reader: Reader, bank: PromptBank | Single, key: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        reader: Reader,
+        bank: PromptBank | Single,
+        key: str,
+        encoder: TextEncoder | None = None,
+    ) -> None:
         self.name, self.method, self.reader, self.bank, self.key = name, method, reader, bank, key
+        self.encoder = encoder
         self.calls: set[object] = set()  # those under way; a set, so that leaving twice, after an interrupt, is once
         self.retired = False
         self.told_no_numbers = False  # the user knows that its model computes no numbers
@@ -58,16 +69,26 @@ class Served:
             self.bank.remove(self.key)
 
 
+class _Checked(NamedTuple):
+    """What a task is served with."""
+
+    prompt: Prompt
+    reader: Reader
+    encoder: TextEncoder | None
+
+
 class ServedTasks:
     """Tasks by name, on one backbone; safe to use from several threads.
 
     Args:
       backbone: a prompt that was tuned on another one is refused.
       on_too_long: what happens to texts of more than a prompt's `max_length`: `cut`, or `error`.
-      tokenizing: the lock under which the backbone's tokenizer is called.
+      tokenizing: the lock under which tokenizers are called.
+      encoder: a loaded encoder, in place of those that prompts name.
     """
 
-    def __init__(self, backbone: Backbone, on_too_long: str, tokenizing: Any) -> None:
+    def __init__(self, backbone: Backbone, on_too_long: str, tokenizing: Any, encoder: Backbone | None = None) -> None:
+        self._encoders = SavedEncoders(backbone, encoder)
         self._backbone, self._on_too_long, self._tokenizing = backbone, on_too_long, tokenizing
         self._loading = threading.Lock()  # of who adds tasks, which may take long
         self._lock = threading.Lock()  # of the tasks, which are replaced and never changed in place
@@ -129,7 +150,7 @@ class ServedTasks:
             served.retired = True
             served.free()
 
-    def _publish(self, checked: Mapping[str, tuple[Prompt, Reader]]) -> None:
+    def _publish(self, checked: Mapping[str, _Checked]) -> None:
         """Serves prompts that have been checked: all of them, or after an error none."""
         new: dict[str, Served] = {}
         with self._loading:
@@ -143,18 +164,18 @@ class ServedTasks:
                 with self._lock:
                     self._retire([served for served in new.values() if self._tasks.get(served.name) is not served])
 
-    def _place(self, checked: Mapping[str, tuple[Prompt, Reader]], new: dict[str, Served]) -> None:
+    def _place(self, checked: Mapping[str, _Checked], new: dict[str, Served]) -> None:
         """Puts prompts into banks and their tasks into `new`, each before its prompt takes a place."""
         banks = [b for b in dict.fromkeys(t.bank for t in self._tasks.values()) if isinstance(b, PromptBank)]
         kin: dict[Any, list[str]] = {}  # names by what their methods must have in common to be stacked
-        for name, (prompt, _) in checked.items():
+        for name, (prompt, _, _) in checked.items():
             kin.setdefault(name if prompt.method.tunes_backbone else kind_of(prompt.method), []).append(name)
         for names in kin.values():
-            bank = self._bank_for([checked[name][0] for name in names], banks)
+            bank = self._bank_for([checked[name].prompt for name in names], banks)
             for name in names:
-                prompt, reader = checked[name]
+                prompt, reader, encoder = checked[name]
                 self._serial += 1
-                new[name] = Served(name, prompt.method, reader, bank, f"{name}#{self._serial}")
+                new[name] = Served(name, prompt.method, reader, bank, f"{name}#{self._serial}", encoder)
                 if isinstance(bank, PromptBank):
                     bank.add(new[name].key, prompt)
 
@@ -168,11 +189,11 @@ class ServedTasks:
         room = room_for([prompt.method for prompt in prompts])
         return PromptBank(self._backbone, room=room, capacity=len(prompts))
 
-    def _checked(self, name: str, prompt: Source) -> tuple[Prompt, Reader]:
-        """Returns a prompt that fits the backbone, and how its answers are read."""
+    def _checked(self, name: str, prompt: Source) -> _Checked:
+        """Returns a prompt that fits the backbone, how its answers are read, and what reads its texts."""
         where, usable = usable_prompt(self._backbone, prompt, name)
         try:
-            return usable, self._reader(usable)
+            return _Checked(usable, self._reader(usable), self._encoders.of(usable))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 

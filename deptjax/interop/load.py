@@ -46,7 +46,7 @@ def load_backbone(
     revision: str | None = None,
     dropout_rate: float | None = None,
     tokenizer: Any = None,
-    mesh: str | Mapping[str, int] | None = "auto",
+    mesh: str | Mapping[str, int] | Placement | None = "auto",
     sharding_rules: str | Mapping[str, str | Sequence[str] | None] | None = None,
 ) -> Backbone:
     """Returns the backbone at `name_or_path`: config, parameters (ARCHITECTURE.md has the tree) and tokenizer.
@@ -66,8 +66,8 @@ def load_backbone(
       tokenizer: replaces the tokenizer beside the weights: a folder, `spiece.model`, `tokenizer.json`, `packaged:t5`,
         `packaged:mt5`, a name on the hub, or a loaded transformers tokenizer. T5X checkpoints have none of their own.
       mesh: over which devices the model and the batches are split (see `deptjax.sharding`): sizes, such as
-        `data:2,fsdp:4` or a mapping; a preset, `data`, `fsdp`, `tensor` or `fsdp+tensor`; or `auto`: every device has
-        the whole model, unless it is too large for one.
+        `data:2,fsdp:4` or a mapping; a preset, `data`, `fsdp`, `tensor` or `fsdp+tensor`; `auto`: every device has
+        the whole model, unless it is too large for one; or a `Placement` that is there already.
       sharding_rules: for a logical axis (`embed`, `heads`, `kv_heads`, `mlp`, `vocab`, `layers`) the mesh axes that it
         is split over instead of its own, or `None`; as a text, `vocab:none,embed:model`.
 
@@ -110,6 +110,8 @@ def _is_large(config: Any) -> bool:
 
 def _placement(config: Any, mesh: Any, rules: Any) -> Placement:
     """Returns where the model lies; its size is only counted where there is a choice."""
+    if isinstance(mesh, Placement):
+        return mesh
     weights = weight_bytes(config) if jax.device_count() > 1 and mesh == "auto" else None
     return Placement.over(mesh=mesh, rules=rules, config=config, weight_bytes=weights)
 

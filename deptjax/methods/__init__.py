@@ -18,6 +18,8 @@ from deptjax.methods.base import (
 from deptjax.methods.dept import DePT, dept_offset, rank_for_budget
 from deptjax.methods.dpt import DPT, dpt_prompt
 from deptjax.methods.full import FullFineTuning
+from deptjax.methods.idpg import IDPG
+from deptjax.methods.lopa import LoPA
 from deptjax.methods.lora import LoRA
 from deptjax.methods.p_tuning import PTuning
 from deptjax.methods.prefix_tuning import PrefixTuning
@@ -29,10 +31,12 @@ __all__ = [
     "ACCEPT",
     "DPT",
     "ADePT",
+    "IDPG",
     "AttentionSite",
     "DePT",
     "FullFineTuning",
     "LinearSite",
+    "LoPA",
     "LoRA",
     "Method",
     "PTuning",

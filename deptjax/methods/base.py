@@ -111,8 +111,9 @@ class Vocabulary(NamedTuple):
 
 def input_parameters(method: Method, key: Key, width: int) -> Tree:
     """Returns the parameters of what fills the input site for embeddings of a width, as Linen makes them."""
-    fill, embeds = method.sites().input, jnp.zeros((1, 1, width))
-    return {} if fill is None else fill.init(key, embeds, Texts.whole(embeds), method="streams")["params"]
+    fill, embeds, encoded = method.sites().input, jnp.zeros((1, 1, width)), method.encoding_width()
+    texts = Texts.whole(embeds, None if encoded is None else jnp.zeros((1, encoded)))
+    return {} if fill is None else fill.init(key, embeds, texts, method="streams")["params"]
 
 
 class Method:
@@ -200,6 +201,18 @@ class Method:
     def scales(self) -> dict[str, float]:
         """Returns, by the name of a parameter, the constant that the method's formula multiplies it with."""
         return {}
+
+    def encoder_choice(self) -> Any | None:
+        """Returns which encoder reads the texts (`deptjax.methods.encoded`), or `None` for a method without one."""
+        return None
+
+    def encoding_width(self) -> int | None:
+        """Returns H, the width of an encoder's vectors, or `None` for a method without one."""
+        return None
+
+    def with_encoding_width(self, width: int) -> Method:
+        """Returns the method for an encoder whose vectors have this width."""
+        return self
 
     def positions_in_front(self) -> int:
         """Returns how many positions the method puts in front of a text."""

@@ -17,7 +17,7 @@ from deptjax.errors import UserError, nearest
 from deptjax.methods.base import Vocabulary
 from deptjax.typing import Array, Float, Key
 
-KINDS = ("text", "vocab", "labels", "random")
+KINDS = ("text", "vocab", "labels", "random", "normal")
 # The authors' sentence reads "Classify this text is postive or not:"; this is what it means.
 DEFAULT_TEXT = "Classify this text as positive or not:"
 VOCAB_ROWS = 5000  # sampled from the most common pieces, which come first in SentencePiece and BPE vocabularies
@@ -29,7 +29,8 @@ def initial_prompt(start: str, text: str, key: Key, length: int, vocabulary: Voc
     Args:
       start: `"text"` (embeddings of `text`, tiled), `"vocab"` (distinct rows among the first 5,000 of the vocabulary),
         `"labels"` (embeddings of the task's labels, then sampled vocabulary), `"random"` (uniform, with the
-        root mean square of the embedding table), or the path of a saved prompt folder to start from.
+        root mean square of the embedding table), `"normal"` (standard normal numbers), or the path of a saved prompt
+        folder to start from.
       text: the sentence for `"text"`.
       key: decides what is random; the same key gives the same prompt.
       length: M.
@@ -51,6 +52,8 @@ def initial_prompt(start: str, text: str, key: Key, length: int, vocabulary: Voc
     if start == "random":
         limit = jnp.sqrt(3.0) * embedding_rms(vocabulary.embedding)
         return jax.random.uniform(key, (length, vocabulary.embedding.shape[1]), jnp.float32, -limit, limit)
+    if start == "normal":
+        return jax.random.normal(key, (length, vocabulary.embedding.shape[1]), jnp.float32)
     return _from_saved(start, length, vocabulary)
 
 

@@ -236,6 +236,17 @@ class CausalModel(nn.Module):
             self.token_embedder.attend(states, vocab_ids) if self.config.tied else self.logits_dense(states, vocab_ids)
         )
 
+    def encode(
+        self,
+        embeds: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        prompt: Float[Array, "*B M D"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Returns the last states of embedded texts, padded on the right, behind a prompt if there is one."""
+        states, offset = self._run(embeds, prompt, deterministic)
+        return self.final_norm(states[:, offset:])
+
     def target_states(
         self,
         source: Float[Array, "B T D"],

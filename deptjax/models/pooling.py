@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
+from deptjax.methods.encoded import POOLINGS
 from deptjax.typing import Array, Bool, Float
-
-POOLINGS = ("first", "mean", "last", "pooled")
 
 
 def check_pooling(pooling: str) -> None:

@@ -23,7 +23,9 @@ from flax import traverse_util
 
 from deptjax.errors import UserError
 from deptjax.methods.base import SITE, Method, Texts, Vocabulary, input_parameters
+from deptjax.methods.encoded import ENCODER
 from deptjax.models.backbone import Backbone
+from deptjax.models.encoder import Encoding
 from deptjax.quantization import any_quantized
 from deptjax.typing import Array, Bool, Float, Int, Key, Tokens, Tree
 
@@ -115,6 +117,7 @@ class PromptedModel:
     Attributes:
       module: the backbone's Linen module, its sites filled.
       method: the method, resolved for the width of the backbone.
+      encoding: how a tuned encoder's weights make a vector of each text; `None` where the vectors are given.
       share_prompt: in training on causal backbones, compute a prompt that is the same for all rows once a batch;
         `False` puts a copy in front of each row. Same result, more work: kept for comparison.
     """
@@ -122,15 +125,18 @@ class PromptedModel:
     module: nn.Module
     method: Method
     share_prompt: bool = True
+    encoding: Encoding | None = None
 
     @classmethod
-    def build(cls, backbone: Backbone, method: Method, share_prompt: bool = True) -> PromptedModel:
+    def build(
+        cls, backbone: Backbone, method: Method, share_prompt: bool = True, encoding: Encoding | None = None
+    ) -> PromptedModel:
         """Returns the model of a backbone and a method; the method's open fields are resolved."""
         method = method.resolve(backbone.width)
-        return cls(backbone.module(method.sites()), method, share_prompt)
+        return cls(backbone.module(method.sites()), method, share_prompt, encoding)
 
-    def init(self, key: Key, frozen: Tree, vocabulary: Vocabulary) -> tuple[Tree, Tree]:
-        """Returns the first `trainable`, and what stays in `frozen`.
+    def init(self, key: Key, frozen: Tree, vocabulary: Vocabulary, encoder: Tree | None = None) -> tuple[Tree, Tree]:
+        """Returns the first `trainable`, and what stays in `frozen`; `encoder` has the weights of one that is tuned.
 
         Only the method's parameters are made; the frozen tree is neither copied nor made again.
         """
@@ -148,6 +154,8 @@ class PromptedModel:
             raise UserError(f"method '{self.method.kind}' fills no site of this backbone: check its targets")
         if "input" in trainable:
             trainable["input"] = self.method.initialize(start_key, trainable["input"], vocabulary)
+        if encoder is not None:
+            trainable[ENCODER] = jax.tree.map(lambda a: a.astype(jnp.float32), encoder)
         return trainable, frozen
 
     def shapes(self, width: int) -> Tree:
@@ -176,9 +184,14 @@ class PromptedModel:
     ) -> Float[Array, "B U V"]:
         """Returns float32 logits at the target positions alone: (B, U, V), or (B, U, C) over `vocab_ids`.
 
-        `batch` has `source`, `source_mask` (B, T) and `targets` (B, U). With a `dropout_key` the backbone drops out.
+        `batch` has `source`, `source_mask` (B, T) and `targets` (B, U); for a method with an encoder also `encoding`
+        (B, H), or, where the encoder is tuned, the texts in its tokens, `encoder_source` and `encoder_mask`. With a
+        `dropout_key` backbone, encoder and method drop out.
         """
-        source, mask, prompt, ids = self._source(trainable, frozen, batch["source"], batch["source_mask"])
+        encoding = self._encoding(trainable, batch, dropout_key)
+        source, mask, prompt, ids = self._source(
+            trainable, frozen, batch["source"], batch["source_mask"], encoding, dropout_key
+        )
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         variables = self._variables(trainable, frozen)
         args = variables, source, mask, prompt, batch["targets"], dropout_key is None
@@ -212,13 +225,15 @@ class PromptedModel:
         max_new: int,
         beams: int = 1,
         vocab_ids: Int[Array, "C"] | None = None,
+        encoding: Float[Array, "H"] | None = None,
     ) -> tuple[Float[Array, "V"], RowCache]:
         """Returns float32 logits (V,) of the first new token, or (C,) over `vocab_ids`, and the cache.
 
         Of one text: `deptjax.inference.rows` maps it over the rows of a batch, which may then differ in `trainable`
         and `front`. The cache has room for `max_new` tokens of each of the `beams`, which share all that is before.
         """
-        embeds, mask, prompt, ids = self._source(trainable, frozen, source[None], source_mask[None])
+        encoding = None if encoding is None else encoding[None]
+        embeds, mask, prompt, ids = self._source(trainable, frozen, source[None], source_mask[None], encoding)
         variables = self._variables(trainable, frozen)
         own = None
         if front is None and prompt is not None:
@@ -238,8 +253,19 @@ class PromptedModel:
         states, backbone_cache = self._apply(variables, cache.backbone, tokens, t, front, method="extend")
         return self._apply(variables, states, method="head"), cache._replace(backbone=backbone_cache)
 
+    def _encoding(self, trainable: Tree, batch: dict[str, Array], dropout_key: Key | None) -> Array | None:
+        if self.encoding is None:
+            return batch.get("encoding")
+        return self.encoding(trainable[ENCODER], batch["encoder_source"], batch["encoder_mask"], dropout_key)
+
     def _source(
-        self, trainable: Tree, frozen: Tree, tokens: Array, mask: Array
+        self,
+        trainable: Tree,
+        frozen: Tree,
+        tokens: Array,
+        mask: Array,
+        encoding: Array | None = None,
+        dropout_key: Key | None = None,
     ) -> tuple[Array, Array, Array | None, dict[str, Array]]:
         """Returns embedded sources, their mask, the prompt, and the ids for a backbone that has to find its mask."""
         tokens, mask = left_aligned(tokens, mask)
@@ -248,7 +274,9 @@ class PromptedModel:
         fill = self.method.sites().input
         if fill is None:
             return embeds, mask, None, ids
-        prompt, embeds = fill.apply({"params": trainable["input"]}, embeds, Texts(mask), method="streams")
+        rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, 1)}
+        texts = Texts(mask, None, encoding)
+        prompt, embeds = fill.apply({"params": trainable["input"]}, embeds, texts, method="streams", rngs=rngs)
         if prompt is not None and prompt.ndim == 2 and not self.share_prompt:
             prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
         return embeds, mask, prompt, ids

@@ -399,6 +399,17 @@ class T5(nn.Module):
             return self.decoder.head(states, vocab_ids)
         return self.token_embedder.attend(states, vocab_ids) * self.config.width**-0.5
 
+    def encode(
+        self,
+        embeds: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        prompt: Float[Array, "*B M D"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Returns the encoder's last states of embedded texts, padded on the right, behind a prompt if there is one."""
+        states, _ = self._encode(embeds, mask, prompt, deterministic)
+        return states if prompt is None else states[:, prompt.shape[-2] :]
+
     def target_states(
         self,
         source: Float[Array, "B T D"],

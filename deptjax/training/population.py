@@ -21,6 +21,7 @@ from deptjax.data.buckets import choose_buckets
 from deptjax.data.tasks import Task
 from deptjax.distributed import first_host, on_first_host, together
 from deptjax.errors import UserError
+from deptjax.inference.text_encoder import TextEncoder, encoder_of
 from deptjax.memory import PeakMemory
 from deptjax.methods.base import Method
 from deptjax.methods.room import kind_of
@@ -190,14 +191,18 @@ def train_population(
 def _tunings(backbone: Backbone, members: Sequence[Member]) -> list[Tuning]:
     """Returns the members' tunings, the rows of each task read once. Raises `UserError` for what cannot be stacked."""
     encoded: dict[Any, EncodedTask] = {}
+    encoders: dict[Any, TextEncoder | None] = {}
     tunings: list[Tuning] = []
     for member in members:
         config = TrainConfig.from_settings(member.settings)
         method = member.method.resolve(backbone.width)
-        key = (id(member.task), method.source_limit())
+        choice = method.encoder_choice()
+        if choice not in encoders:
+            encoders[choice] = encoder_of(method, backbone)
+        key = (id(member.task), method.source_limit(), choice)
         if key not in encoded:
-            encoded[key] = encode_task(backbone, method, member.task, config)
-        tunings.append(Tuning.prepare(backbone, method, member.task, config, encoded[key]))
+            encoded[key] = encode_task(backbone, method, member.task, config, encoders[choice])
+        tunings.append(Tuning.prepare(backbone, method, member.task, config, encoded[key], encoders[choice]))
         _check_alike(tunings[0], members[0], tunings[-1], member)
     return tunings
 

@@ -121,7 +121,7 @@ class PopulationLoop:
         for folder in self.folders:
             folder.open_logs(done)
         seconds: list[float] = []
-        ahead = Ahead(_StackedBatches(self.streams, self.stream_of, progress), self._put)
+        ahead = Ahead(_StackedBatches(self.streams, self.stream_of, progress, self.tunings[0].read), self._put)
         try:
             with StopSignals(self._saved) as signals, make_bar(self.config.steps, done, self.bar) as bar:
                 spoke = time.perf_counter()
@@ -321,10 +321,11 @@ class _StackedBatches(Iterator[Batch]):
     streams: Sequence[Iterator[Batch]]
     stream_of: Sequence[int]
     progress: PopulationProgress
+    read: Callable[[Batch], Batch]
 
     def __next__(self) -> Batch:
         wanted = {self.stream_of[member] for member in self.progress.slots}
-        drawn = {stream: next(self.streams[stream]) for stream in sorted(wanted)}
+        drawn = {stream: self.read(next(self.streams[stream])) for stream in sorted(wanted)}
         return stack_batches([drawn[self.stream_of[member]] for member in self.progress.slots])
 
     def get_state(self) -> list[Any]:

@@ -125,7 +125,7 @@ def train(
             step_fn=make_train_step(loss, tx, placement, tuning.model.method.axes),
             frozen=frozen,
             batches=batches,
-            put_batch=placement.put_batch,
+            put_batch=lambda batch: placement.put_batch(tuning.read(batch)),
             rates=tuning.schedules,
             evaluate=evaluate if tuning.encoded.dev and config.eval_every else None,
             save_prompt=save_prompt,

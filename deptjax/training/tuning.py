@@ -21,6 +21,7 @@ from deptjax.data.tasks import Task, TaskData
 from deptjax.data.templates import Row
 from deptjax.errors import UserError
 from deptjax.inference.evaluator import Evaluator
+from deptjax.inference.text_encoder import TextEncoder, encoder_of
 from deptjax.methods.base import Method, method_to_config
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel, check_context
@@ -54,6 +55,7 @@ class Tuning:
       model: the backbone with the method, resolved, in its sites.
       config: the settings.
       encoded: the task and its rows.
+      encoder: what reads the texts, for a method with an encoder.
       rates: the peak learning rate of each group.
     """
 
@@ -62,6 +64,7 @@ class Tuning:
     config: TrainConfig
     encoded: EncodedTask
     rates: dict[str, float]
+    encoder: TextEncoder | None = None
 
     @classmethod
     def prepare(
@@ -71,19 +74,26 @@ class Tuning:
         task: Task,
         config: TrainConfig,
         encoded: EncodedTask | None = None,
+        encoder: TextEncoder | None = None,
     ) -> Tuning:
         """Returns the tuning, everything checked; `encoded` spares reading rows that were read for the same settings.
 
+        `encoder` is that of the method, which is loaded where it is not given.
         Raises `UserError` for data or settings that cannot be used.
         """
         computed = dataclasses.replace(backbone.config, remat=config.remat)
-        model = PromptedModel.build(dataclasses.replace(backbone, config=computed), method, config.share_prompt)
-        encoded = encode_task(backbone, model.method, task, config) if encoded is None else encoded
+        encoder = encoder_of(method, backbone) if encoder is None else encoder
+        method = method if encoder is None else method.with_encoding_width(encoder.width)
+        tuned = encoder.encoding if encoder is not None and encoder.choice.trainable else None
+        model = PromptedModel.build(
+            dataclasses.replace(backbone, config=computed), method, config.share_prompt, encoding=tuned
+        )
+        encoded = encode_task(backbone, model.method, task, config, encoder) if encoded is None else encoded
         preprocessor = encoded.preprocessor
         check_context(backbone, model.method, preprocessor.max_length, preprocessor.longest_target())
         defaults = model.method.learning_rates(backbone.prompt_lr)
         config.check_groups(defaults, model.method.kind)
-        return cls(backbone, model, config, encoded, config.learning_rates(defaults))
+        return cls(backbone, model, config, encoded, config.learning_rates(defaults), encoder)
 
     @property
     def task(self) -> Task:
@@ -94,7 +104,8 @@ class Tuning:
         """Returns the first `trainable`, `frozen`, and the key of the steps; all follow from the seed."""
         init_key, step_key = jax.random.split(jax.random.key(self.config.seed))
         vocabulary = self.backbone.vocabulary(self.task.texts)
-        trainable, frozen = self.model.init(init_key, self.backbone.params, vocabulary)
+        tuned = None if self.encoder is None or self.model.encoding is None else self.encoder.backbone.params
+        trainable, frozen = self.model.init(init_key, self.backbone.params, vocabulary, tuned)
         if self.source_prompt is not None:
             where, parts = str(self.config.start_from), self.config.start_parts
             trainable = started_from(trainable, self.model.method, self.source_prompt, parts, where)
@@ -154,6 +165,12 @@ class Tuning:
             )
         )
 
+    def read(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch as the step takes it: with the vectors of its texts, where an encoder is not tuned itself."""
+        if self.encoder is None or self.model.encoding is not None:
+            return batch
+        return self.encoder.of_batch(batch)
+
     def evaluator(self, placement: Placement) -> Evaluator:
         """Returns what answers the dev split."""
         preprocessor, dev = self.encoded.preprocessor, [len(example.source) for example in self.encoded.dev]
@@ -165,6 +182,7 @@ class Tuning:
             batch_size=self.config.eval_batch_size,
             buckets=sorted({*self.buckets, *own}),
             placement=placement,
+            encoder=self.encoder,
         )
 
     def evaluate(self, evaluator: Evaluator, trainable: Tree, frozen: Tree) -> dict[str, float]:
@@ -187,6 +205,7 @@ class Tuning:
             task=self.task.to_config(),
             metrics=metrics,
             settings={"max_length": self.encoded.preprocessor.max_length, "evaluation": self.config.evaluation},
+            encoder=None if self.encoder is None else self.encoder.card(),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -208,16 +227,19 @@ class Tuning:
             "learning_rates": self.rates,
             "train": self.config.identity(),
             **({} if self.source_prompt is None else {"start": self.source_prompt.run_id}),
+            **({} if self.encoder is None else {"encoder": self.encoder.card()}),
         }
 
 
-def encode_task(backbone: Backbone, method: Method, task: Task, config: TrainConfig) -> EncodedTask:
-    """Returns the rows of a task, encoded as `method` on `backbone` takes them.
+def encode_task(
+    backbone: Backbone, method: Method, task: Task, config: TrainConfig, encoder: TextEncoder | None = None
+) -> EncodedTask:
+    """Returns the rows of a task, encoded as `method` on `backbone`, and its `encoder`, take them.
 
     Raises `UserError` for rows that are wrong, and for a task without any.
     """
     data = task.load()
-    preprocessor = make_preprocessor(backbone, method, data.task, config)
+    preprocessor = make_preprocessor(backbone, method, data.task, config, encoder)
     dev_rows = data.dev[: config.eval_examples]
     examples, dev = preprocessor.encode_all(data.train), preprocessor.encode_all(dev_rows)
     if not examples:
@@ -225,7 +247,9 @@ def encode_task(backbone: Backbone, method: Method, task: Task, config: TrainCon
     return EncodedTask(data, preprocessor, examples, dev_rows, dev)
 
 
-def make_preprocessor(backbone: Backbone, method: Method, task: Task, config: TrainConfig) -> Preprocessor:
+def make_preprocessor(
+    backbone: Backbone, method: Method, task: Task, config: TrainConfig, encoder: TextEncoder | None = None
+) -> Preprocessor:
     """Returns the preprocessor of a run: the source limit is the method's, the user's, or 256 tokens."""
     limit = method.source_limit()
     length = config.max_length or limit or DEFAULT_MAX_LENGTH
@@ -237,6 +261,7 @@ def make_preprocessor(backbone: Backbone, method: Method, task: Task, config: Tr
         causal=not backbone.config.is_encoder_decoder,
         max_length=length,
         on_too_long=config.on_too_long,
+        encoder_tokens=None if encoder is None else encoder.tokens,
     )
 
 

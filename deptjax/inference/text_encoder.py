@@ -1,0 +1,200 @@
+"""`TextEncoder`: texts as vectors, for methods whose prompt depends on the text. Each text is encoded once.
+
+An encoder has its own tokens of a text: what it reads is made of the text by its own tokenizer, whatever the backbone's
+tokens are. Vectors are kept, since a text comes again in every epoch, and in every task that is asked of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deptjax.data.buckets import power_of_two
+from deptjax.data.pipeline import pad
+from deptjax.errors import UserError
+from deptjax.methods.base import Method
+from deptjax.methods.encoded import ENCODER, ITSELF, EncoderChoice
+from deptjax.models.backbone import Backbone
+from deptjax.models.encoder import Encoding
+from deptjax.prompt import Prompt
+from deptjax.sharding import Placement
+from deptjax.typing import Tree
+
+# A batch has always so many rows, and a length that its longest text decides: so a text's bits do not depend on when it
+# is encoded, and a run that was resumed goes on with the vectors that it would have had.
+ROWS = 8
+KEPT_BYTES = 256 * 2**20
+
+
+class TextEncoder:
+    """An encoder with its tokenizer and its pooling; several threads may ask for vectors.
+
+    Args:
+      backbone: the encoder's weights, where they lie.
+      choice: how it is used; its `name` is what messages call it.
+
+    Attributes:
+      encoding: the function from tokens to vectors, without weights.
+      width: H.
+      choice: as given.
+    """
+
+    def __init__(self, backbone: Backbone, choice: EncoderChoice) -> None:
+        self.backbone, self.choice = backbone, choice
+        self.encoding, self.width = Encoding.of(backbone.config, choice), backbone.width
+        context = backbone.config.context
+        self._limit = choice.max_length if context is None else min(choice.max_length, context)
+        self._kept: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns each text's token ids (E,) int32 as the encoder takes them, cut to its `max_length`.
+
+        Not for two threads at once, as tokenizers are not.
+        """
+        if not texts:
+            return []
+        ids = self.backbone.tokenizer(list(texts), truncation=True, max_length=self._limit, verbose=False)
+        found = [np.asarray(row, np.int32) for row in ids["input_ids"]]
+        for text, row in zip(texts, found, strict=True):
+            if not row.size:
+                raise UserError(f"encoder '{self.choice.name}': the text {text!r:.40} has no tokens; give a text")
+        return found
+
+    def vectors(self, rows: Sequence[np.ndarray], weights: Tree | None = None) -> np.ndarray:
+        """Returns the vectors (N, H) float32 of texts in the encoder's tokens; `weights` replace its own."""
+        if weights is not None:
+            return self._encoded(rows, weights)
+        keys = [row.tobytes() for row in rows]
+        with self._lock:
+            known = {key: self._kept[key] for key in keys if key in self._kept}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        known.update(zip(new, self._encoded(list(new.values()), self.backbone.params), strict=True))
+        with self._lock:
+            self._kept.update(known)
+            for key in known:
+                self._kept.move_to_end(key)
+            while len(self._kept) * self.width * 4 > KEPT_BYTES:
+                self._kept.popitem(last=False)
+        return np.stack([known[key] for key in keys])
+
+    def card(self) -> dict[str, Any]:
+        """Returns what a saved prompt says of its encoder: the name, and the fingerprint of its weights."""
+        return {"name": self.choice.name, "fingerprint": self.backbone.fingerprint}
+
+    def of_batch(self, batch: dict[str, Any], weights: Tree | None = None) -> dict[str, Any]:
+        """Returns a batch with the vectors of its texts, `encoding`, in place of the tokens they are made of."""
+        rest = {name: leaf for name, leaf in batch.items() if name not in ("encoder_source", "encoder_mask")}
+        rows = [ids[mask] for ids, mask in zip(batch["encoder_source"], batch["encoder_mask"], strict=True)]
+        return {**rest, "encoding": self.vectors(rows, weights)}
+
+    def _encoded(self, rows: Sequence[np.ndarray], weights: Tree) -> np.ndarray:
+        found = np.zeros((len(rows), self.width), np.float32)
+        groups: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            groups.setdefault(power_of_two(len(row)), []).append(place)
+        for length, places in groups.items():
+            for start in range(0, len(places), ROWS):
+                some = places[start : start + ROWS]
+                filled = [rows[place] for place in some + some[-1:] * (ROWS - len(some))]
+                ids, mask = pad(filled, length)
+                found[some] = np.asarray(_encode(self.encoding, weights, ids, mask))[: len(some)]
+        return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(encoding: Encoding, weights: Tree, ids: Any, mask: Any) -> Any:
+    return encoding(weights, jnp.asarray(ids), jnp.asarray(mask))
+
+
+def encoder_of(method: Method, backbone: Backbone, given: Backbone | None = None) -> TextEncoder | None:
+    """Returns the encoder that a method reads its texts with, loaded, or `None` for a method without one.
+
+    Args:
+      method: as a user makes it, or of a saved prompt.
+      backbone: the model that is tuned, which may be its own encoder: the weights are then the same arrays.
+      given: a loaded encoder, in place of the one that the method names.
+
+    Raises `UserError` for an encoder that cannot be loaded, or whose width is not the method's.
+    """
+    choice = method.encoder_choice()
+    return None if choice is None else _opened(method, choice, backbone, given)
+
+
+def _opened(method: Method, choice: EncoderChoice, backbone: Backbone, given: Backbone | None) -> TextEncoder:
+    if given is None and choice.name == ITSELF and jax.process_count() > 1:
+        raise UserError(
+            f"{method.kind}: encoder 'backbone' is not for several hosts, each of which encodes texts of its own; name "
+            "an encoder that every host loads"
+        )
+    loaded = given or (backbone if choice.name == ITSELF else _load(choice.name, method.kind))
+    encoder = TextEncoder(loaded, choice)
+    width = getattr(method, "encoder_width", None)
+    if width not in (None, encoder.width):
+        raise UserError(f"{method.kind}: encoder_width is {width}, and encoder '{loaded.name}' has {encoder.width}")
+    return encoder
+
+
+class SavedEncoders:
+    """The encoders of saved prompts, each loaded once; prompts with the same one share its vectors too.
+
+    Args:
+      backbone: the model that the prompts are for.
+      given: a loaded encoder, in place of those that the prompts name.
+    """
+
+    def __init__(self, backbone: Backbone, given: Backbone | None = None) -> None:
+        self._backbone, self._given = backbone, given
+        self._loaded: dict[EncoderChoice, TextEncoder] = {}
+
+    def of(self, prompt: Prompt) -> TextEncoder | None:
+        """Returns the encoder of a prompt, or `None` for a method without one.
+
+        Raises `UserError` for one that cannot be loaded, or is not the one that the prompt was tuned with.
+        """
+        choice = prompt.method.encoder_choice()
+        if choice is None:
+            return None
+        weights, choice = prompt.trainable.get(ENCODER), choice._replace(trainable=False)
+        if choice not in self._loaded:
+            try:
+                self._loaded[choice] = _opened(prompt.method, choice, self._backbone, self._given)
+            except UserError as error:
+                remedy = "give the encoder that it was tuned with as encoder= or --encoder"
+                raise UserError(f"{error}; the prompt cannot be used without it: {remedy}") from None
+        encoder = self._loaded[choice]
+        if weights is None:
+            _check_same(encoder.backbone, prompt.encoder)
+            return encoder
+        if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, encoder.backbone.params):
+            raise UserError(f"its tuned encoder's weights are not those of '{encoder.backbone.name}'")
+        tuned = dataclasses.replace(encoder.backbone, params=jax.tree.map(jnp.asarray, weights))
+        return TextEncoder(tuned, choice)
+
+
+def _check_same(encoder: Backbone, card: dict[str, Any] | None) -> None:
+    """Raises `UserError` naming a field in which an encoder differs from what a prompt says of its own."""
+    if card is None:
+        return
+    wanted, actual = card.get("fingerprint", {}), encoder.fingerprint
+    for field in {**wanted, **actual}:
+        if wanted.get(field) != actual.get(field):
+            told = f"{field} is {actual.get(field)}, not {wanted.get(field)}"
+            raise UserError(f"it was tuned with encoder '{card.get('name')}', and '{encoder.name}' is another: {told}")
+
+
+def _load(name: str, kind: str) -> Backbone:
+    from deptjax.interop.load import load_backbone  # formats are loaded when an encoder is named
+
+    try:
+        return load_backbone(name, mesh=Placement.over(jax.local_devices()[:1]))
+    except UserError as error:
+        raise UserError(f"{kind}: encoder: {error}") from None

@@ -1,0 +1,152 @@
+"""Methods with an encoder, from training to answers: what is read, how often, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deptjax.errors import UserError
+from deptjax.inference import text_encoder
+from deptjax.inference.predictor import Predictor, evaluate
+from deptjax.inference.text_encoder import TextEncoder, encoder_of
+from deptjax.methods import IDPG, LoPA
+from deptjax.methods.encoded import EncoderChoice
+from deptjax.models.pooling import pool
+from deptjax.prompt import Prompt
+from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
+from deptjax.training.run import train
+from tests.cases import backbone_of
+from tests.reviews import review_rows, review_task
+
+SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "eval_every": 2, "buckets": 1, "log_every": 2, "progress": False}
+TEXTS = [row["text"] for row in review_rows(6)]
+
+
+def choice(**fields: Any) -> EncoderChoice:
+    return EncoderChoice("backbone", None, False, 32, False)._replace(**fields)
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("llama", "last"), ("t5", "mean")])
+def test_a_vector_is_that_of_the_frozen_model(family: str, pooling: str) -> None:
+    """Of a causal model the last state, of T5 the mean of its encoder's; whatever the texts are padded to."""
+    backbone = backbone_of(family)
+    encoder = TextEncoder(backbone, choice())
+    tokens = encoder.tokens(TEXTS)
+    vectors = encoder.vectors(tokens)
+    module = backbone.module()
+    for ids, vector in zip(tokens, vectors, strict=True):
+        embeds = module.apply({"params": backbone.params}, ids[None], method="embed")
+        mask = jnp.ones((1, len(ids)), bool)
+        states = module.apply({"params": backbone.params}, embeds, mask, method="encode")
+        np.testing.assert_allclose(vector, pool(states, mask, pooling)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_is_encoded_once_and_alike_with_any_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    run = text_encoder._encode
+    monkeypatch.setattr(text_encoder, "_encode", lambda *args: (ran.append(1), run(*args))[1])
+    encoder = TextEncoder(backbone_of("llama"), choice())
+    tokens = encoder.tokens(TEXTS)
+    first = encoder.vectors(tokens)
+    count = len(ran)
+    np.testing.assert_array_equal(encoder.vectors(tokens[::-1]), first[::-1])
+    assert len(ran) == count
+    alone = TextEncoder(backbone_of("llama"), choice()).vectors(tokens[2:3])
+    np.testing.assert_array_equal(alone[0], first[2])
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "tuned"])
+def test_a_run_its_prompt_and_its_answers(tmp_path: pathlib.Path, family: str, trained: bool) -> None:
+    """The dev score of the run is that of the saved prompt, and a batch of two tasks answers as each alone."""
+    backbone = backbone_of(family)
+    method = LoPA(prompt_length=3, rank=2, hidden=8, prompt_init="vocab", encoder_trainable=trained)
+    run = train(backbone, method, review_task(), tmp_path / "run", **SMALL)
+    saved = Prompt.load(tmp_path / "run" / "prompt")
+    assert saved.method.encoder_width == backbone.width
+    assert saved.encoder == {"name": "backbone", "fingerprint": backbone.fingerprint}
+    width = backbone.width
+    own = 3 * width + 2 * (width * 8 + 8) + 9 * 3 * 2 + 9 * width * 2
+    weights = sum(leaf.size for leaf in jax.tree.leaves(backbone.params))
+    assert run.trainable_parameters == own + trained * weights
+    assert ("encoder" in saved.trainable) == trained
+    assert evaluate(backbone, saved, review_task(), split="dev") == pytest.approx(saved.metrics)
+
+    other = dataclasses.replace(saved, trainable=jax.tree.map(lambda a: a + 0.05, saved.trainable))
+    both = Predictor(backbone, {"one": saved, "two": other}, batch_size=4)
+    mixed = both(TEXTS, ["one", "two"] * 3)
+    for name, prompt in (("one", saved), ("two", other)):
+        alone = Predictor(backbone, prompt, batch_size=4)(TEXTS)
+        for place in range(["one", "two"].index(name), 6, 2):
+            assert mixed[place].scores == pytest.approx(alone[place].scores, abs=1e-5)
+
+
+def test_a_tuned_encoder_moves_and_a_frozen_one_does_not(tmp_path: pathlib.Path) -> None:
+    backbone = backbone_of("llama")
+    before = jax.tree.map(np.array, backbone.params)
+    method = IDPG(prompt_length=2, hidden=4, factors=2, encoder_trainable=True)
+    run = train(backbone, method, review_task(), tmp_path / "run", **SMALL)
+    assert run.prompt is not None
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), run.prompt.trainable["encoder"], before)
+    assert all(jax.tree.leaves(moved["layers_0"]))
+    jax.tree.map(np.testing.assert_array_equal, backbone.params, before)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    method = IDPG(prompt_length=2, hidden=4, factors=2)
+    settings = {**SMALL, "checkpoint_every": 2, "eval_every": 0}
+    whole = train(backbone_of("llama"), method, review_task(), tmp_path, **settings)
+    assert whole.prompt is not None
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "4")  # as if it had been killed behind its second step
+    again = train(backbone_of("llama"), method, review_task(), tmp_path, **settings)
+    assert again.prompt is not None
+    assert again.seconds_per_step is not None
+    jax.tree.map(np.testing.assert_array_equal, again.prompt.trainable, whole.prompt.trainable)
+
+
+def test_an_encoder_of_its_own_has_its_own_tokens(tmp_path: pathlib.Path) -> None:
+    """A T5 reads for a LLaMA: other widths, other tokens; its folder is named by the prompt, and must be there."""
+    reader = tiny_t5()
+    folder = tmp_path / "reader"
+    save_hf_folder(reader, folder)
+    method = LoPA(prompt_length=2, rank=1, hidden=4, encoder=str(folder), encoder_normalize=True, encoder_length=8)
+    loaded = encoder_of(method, backbone_of("llama"))
+    assert loaded is not None
+    for text, ids in zip(TEXTS, loaded.tokens(TEXTS), strict=True):
+        assert list(ids) == reader.tokenizer(text, truncation=True, max_length=8).input_ids
+    np.testing.assert_allclose(np.linalg.norm(loaded.vectors(loaded.tokens(TEXTS)), axis=1), 1, rtol=1e-5)
+
+    train(backbone_of("llama"), method, review_task(), tmp_path / "run", **SMALL)
+    saved = tmp_path / "run" / "prompt"
+    answers = Predictor(backbone_of("llama"), saved)(TEXTS)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(
+        UserError, match=r"there is no such file or folder.*cannot be used without it.*--encoder"
+    ) as told:
+        Predictor(backbone_of("llama"), saved)
+    assert "\n" not in str(told.value)
+    from deptjax.interop.load import load_backbone
+
+    given = Predictor(backbone_of("llama"), saved, encoder=load_backbone(tmp_path / "moved"))(TEXTS)
+    assert [a.scores for a in given] == [a.scores for a in answers]
+    wrong = tiny_t5(seed=1)
+    with pytest.raises(UserError, match="tuned with encoder .* is another: embedding is"):
+        Predictor(backbone_of("llama"), saved, encoder=wrong)
+    with pytest.raises(UserError, match="encoder_width is 23, and encoder 'tiny-llama' has 32"):
+        Predictor(backbone_of("llama"), saved, encoder=tiny_llama(width=32))
+
+
+def test_mistakes_are_told_before_anything_is_trained(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"lopa: encoder: '\./gone': there is no such file or folder"):
+        train(backbone_of("llama"), LoPA(encoder="./gone"), review_task(), tmp_path / "run", **SMALL)
+    with pytest.raises(UserError, match="encoder_pooling 'pooled' needs a checkpoint with a pooling layer"):
+        train(backbone_of("llama"), LoPA(encoder_pooling="pooled"), review_task(), tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
