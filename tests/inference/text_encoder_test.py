@@ -138,7 +138,7 @@ def test_an_encoder_of_its_own_has_its_own_tokens(tmp_path: pathlib.Path) -> Non
     given = Predictor(backbone_of("llama"), saved, encoder=load_backbone(tmp_path / "moved"))(TEXTS)
     assert [a.scores for a in given] == [a.scores for a in answers]
     wrong = tiny_t5(seed=1)
-    with pytest.raises(UserError, match="tuned with encoder .* is another: embedding is"):
+    with pytest.raises(UserError, match=r"tuned with encoder .* is another: embedding is"):
         Predictor(backbone_of("llama"), saved, encoder=wrong)
     with pytest.raises(UserError, match="encoder_width is 23, and encoder 'tiny-llama' has 32"):
         Predictor(backbone_of("llama"), saved, encoder=tiny_llama(width=32))

@@ -57,9 +57,9 @@ def test_no_effect_at_step_0(case: Case) -> None:
 
 
 def first_prompt(case: Case) -> jax.Array | None:
-    """Returns the prompt that a method puts in front of a text at first, `None` for one without."""
+    """Returns the prompt that a method puts in front of all texts at first, `None` for one without."""
     fill = case.model.method.sites().input
-    if fill is None:
+    if fill is None or case.model.method.by_instance:
         return None
     embeds = jnp.zeros((1, 0, case.backbone.width))
     prompt, _ = fill.apply({"params": case.trainable["input"]}, embeds, Texts.whole(embeds), method="streams")

@@ -120,5 +120,5 @@ def test_mistakes(fields: dict, told: str) -> None:
 
 def test_texts_that_no_encoder_has_read_are_refused(params: dict) -> None:
     embeds = jnp.zeros((1, 1, D))
-    with pytest.raises(UserError, match="encodings .* are missing; run its encoder first"):
+    with pytest.raises(UserError, match=r"encodings .* are missing; run its encoder first"):
         method().apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
