@@ -35,6 +35,7 @@ def _evaluate(words: list[str]) -> int:
     from deptjax.distributed import first_host
     from deptjax.errors import UserError
     from deptjax.inference.predictor import evaluate
+    from deptjax.inference.text_encoder import load_encoder
     from deptjax.prompt import Prompt
 
     parser = flags.Parser(
@@ -47,6 +48,7 @@ def _evaluate(words: list[str]) -> int:
     group.add_argument("--prompt", metavar="DIR", help="a saved prompt: the folder prompt of a run")
     group.add_argument("--split", metavar="NAME", choices=("train", "dev", "test"), help="train, dev or test (default)")
     group.add_argument("--batch-size", metavar="N", help="rows a batch (default 32)")
+    flags.add_encoder(group)
     group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     flags.add_model(parser, " (default: the one the prompt names)")
     flags.add_task(parser)
@@ -80,11 +82,14 @@ def _evaluate(words: list[str]) -> int:
     prompt = dataclasses.replace(prompt, task=task.to_config())  # another template or other labels, where given
     backbone = backbone_of(prompt, options["prompt"], given)
     batch_size = flags.whole(options, "batch-size", 32)
+    encoder = load_encoder(options["encoder"], "--encoder") if "encoder" in options else None
     total = len(getattr(data, split))
     with tqdm(
         total=total, unit=" rows", desc="evaluating", disable=None if first_host() else True, dynamic_ncols=True
     ) as bar:
-        scores = evaluate(backbone, prompt, task, split=split, batch_size=batch_size, on_rows=bar.update)
+        scores = evaluate(
+            backbone, prompt, task, split=split, batch_size=batch_size, on_rows=bar.update, encoder=encoder
+        )
     scores = {name.replace(f"{split}/", f"{shown}/", 1): value for name, value in scores.items()}
     if not first_host():
         return 0

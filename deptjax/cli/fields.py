@@ -45,8 +45,13 @@ FILE, BINDING, FLAG = 1, 2, 3
 
 
 def fields_of(cls: type, linen: bool = False) -> dict[str, Field]:
-    """Returns the settable fields of a dataclass by name; `linen` leaves out the two that Linen adds."""
-    told = attributes_of(cls.__doc__ or "")
+    """Returns the settable fields of a dataclass by name; `linen` leaves out the two that Linen adds.
+
+    What a class does not tell of a field that it inherits, the class it has it from does.
+    """
+    told: dict[str, str] = {}
+    for own in reversed(cls.__mro__):
+        told.update(attributes_of(own.__dict__.get("__doc__") or ""))
     found = {}
     for field in dataclasses.fields(cls):
         if not field.init or (linen and field.name in _NOT_A_USERS):

@@ -153,6 +153,12 @@ def add_model(parser: Parser, default: str = "") -> None:
         _add(group, name, field, field.help + (default if name == "model" else ""), f"load_backbone.{field.name}")
 
 
+def add_encoder(group: Any) -> None:
+    """Adds the place of an encoder to the flags of a command that uses saved prompts."""
+    told = "the encoder of prompts that are made of each text (default: the one that the prompt names)"
+    group.add_argument("--encoder", metavar="PLACE", help=told)
+
+
 def add_task(parser: Parser) -> None:
     """Adds the flags of a task: a registered one, or one in the user's own files."""
     group = parser.add_argument_group(

@@ -71,6 +71,7 @@ def _parser() -> Parser:
     group.add_argument("--encoding", metavar="NAME", help="of the input (default utf-8)")
     group.add_argument("--scores", action="store_true", help="also the probability of each label")
     group.add_argument("--batch-size", metavar="N", help="rows a batch (default 32)")
+    flags.add_encoder(group)
     flags.add_decoding(parser)
     flags.add_model(parser, " (default: the one the prompt names)")
     flags.add_general(parser)
@@ -88,6 +89,7 @@ def _predict(words: list[str]) -> int:
     from deptjax.cli.prompts import Prompts
     from deptjax.cli.settings import make_decoding
     from deptjax.inference.predictor import Predictor
+    from deptjax.inference.text_encoder import load_encoder
 
     parser = _parser()
     options, bindings = parser.parse(words)
@@ -109,7 +111,8 @@ def _predict(words: list[str]) -> int:
         if done and done != total:
             told = f"deptjax: resuming at row {done + 1:,} of {total:,}, behind the answers in {options['output']}.part"
             print(told, file=sys.stderr)
-        predictor = Predictor(prompts.backbone(given), prompts.by_name, batch_size, decoding)
+        encoder = load_encoder(options["encoder"], "--encoder") if "encoder" in options else None
+        predictor = Predictor(prompts.backbone(given), prompts.by_name, batch_size, decoding, encoder=encoder)
         _answer(rows, predictor, output, chunk, done, total)
         output.finish()
     return 0

@@ -135,7 +135,7 @@ def _opened(method: Method, choice: EncoderChoice, backbone: Backbone, given: Ba
             f"{method.kind}: encoder 'backbone' is not for several hosts, each of which encodes texts of its own; name "
             "an encoder that every host loads"
         )
-    loaded = given or (backbone if choice.name == ITSELF else _load(choice.name, method.kind))
+    loaded = given or (backbone if choice.name == ITSELF else load_encoder(choice.name, f"{method.kind}: encoder"))
     encoder = TextEncoder(loaded, choice)
     width = getattr(method, "encoder_width", None)
     if width not in (None, encoder.width):
@@ -191,10 +191,11 @@ def _check_same(encoder: Backbone, card: dict[str, Any] | None) -> None:
             raise UserError(f"it was tuned with encoder '{card.get('name')}', and '{encoder.name}' is another: {told}")
 
 
-def _load(name: str, kind: str) -> Backbone:
+def load_encoder(name: str, where: str) -> Backbone:
+    """Returns an encoder on one device of this host. Raises `UserError`, which begins with `where`."""
     from deptjax.interop.load import load_backbone  # formats are loaded when an encoder is named
 
     try:
         return load_backbone(name, mesh=Placement.over(jax.local_devices()[:1]))
     except UserError as error:
-        raise UserError(f"{kind}: encoder: {error}") from None
+        raise UserError(f"{where}: {error}") from None

@@ -57,7 +57,7 @@ class PHM(nn.Module):
 
 @register_method
 class IDPG(EncodedMethod):
-    """Instance-dependent prompt generation, of one layer.
+    """Instance-dependent prompt generation, of one layer; the fields of its encoder are those of `EncodedMethod`.
 
     Attributes:
       prompt_length: M, vectors in front of the text.
@@ -65,19 +65,18 @@ class IDPG(EncodedMethod):
       generator: `phm` or `dense`.
       factors: n, the pairs of matrices of `phm`; H, F and M D must be multiples of it.
       activation: of the bottleneck, tanh, relu or gelu.
-      dropout: of the encoder's vector and of the bottleneck, in training.
-      encoder, encoder_pooling, encoder_normalize, encoder_length, encoder_trainable: see `EncodedMethod`.
+      encoding_dropout: of the encoder's vector and of the bottleneck, in training.
     """
 
     kind = "idpg"
-    free = ("dropout",)
+    free = ("encoding_dropout",)
 
     prompt_length: int = 5
     hidden: int = 16
     generator: str = "phm"
     factors: int = 16
     activation: str = "tanh"
-    dropout: float = 0.1
+    encoding_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         for name, known in (("generator", GENERATORS), ("activation", tuple(ACTIVATIONS))):
@@ -86,14 +85,14 @@ class IDPG(EncodedMethod):
                     f"{self.kind}: {name} '{value}' is not one of {', '.join(known)}.{nearest(value, known)}"
                 )
         self.check_positive("prompt_length", "hidden", "factors")
-        self.check_share("dropout")
+        self.check_share("encoding_dropout")
         super().__post_init__()
 
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "B M D"], Array]:
         """Returns each text's prompt and the embeddings as they came; needs `texts.encoding` (B, H)."""
         encoding, shape = self.encoding_of(texts.encoding), (self.prompt_length, embeds.shape[-1])
-        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        drop = nn.Dropout(self.encoding_dropout, deterministic=not self.has_rng("dropout"))
         bias = self.param("bias", nn.initializers.normal(0.05), (self.hidden,))
         task = self.param("prompt", nn.initializers.normal(0.05), shape)
         hidden = self._linear("down", self.hidden, encoding.shape[-1])(drop(encoding)) + bias[None]

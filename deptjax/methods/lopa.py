@@ -68,27 +68,26 @@ class Head(nn.Module):
 
 @register_method
 class LoPA(EncodedMethod):
-    """Low-rank prompt adaptation.
+    """Low-rank prompt adaptation; the fields of its encoder are those of `EncodedMethod`.
 
     Attributes:
       prompt_length: M, vectors in front of the text (`concat` puts as many again).
       rank: R.
       hidden: F, the width of the heads' hidden layers; `None` takes that of the encoder.
       variant: how shared and instance part are joined: `gate` (the paper), `concat`, `add` or `max`.
-      dropout: of the encoder's vector, in training.
+      encoding_dropout: of the encoder's vector, in training.
       prompt_init: how Z_S starts: `normal` numbers (the authors'), or any way of the other methods.
       prompt_text: the text that the prompt starts from, with `prompt_init="text"`.
-      encoder, encoder_pooling, encoder_normalize, encoder_length, encoder_trainable: see `EncodedMethod`.
     """
 
     kind = "lopa"
-    free = ("dropout", "prompt_init", "prompt_text")
+    free = ("encoding_dropout", "prompt_init", "prompt_text")
 
     prompt_length: int = 10
     rank: int = 4
     hidden: int | None = 256
     variant: str = "gate"
-    dropout: float = 0.1
+    encoding_dropout: float = 0.1
     prompt_init: str = "normal"
     prompt_text: str = initializers.DEFAULT_TEXT
 
@@ -97,7 +96,7 @@ class LoPA(EncodedMethod):
             told = nearest(self.variant, VARIANTS)
             raise UserError(f"{self.kind}: variant '{self.variant}' is not one of {', '.join(VARIANTS)}.{told}")
         self.check_positive("prompt_length", "rank", "hidden")
-        self.check_share("dropout")
+        self.check_share("encoding_dropout")
         super().__post_init__()
 
     @nn.compact
@@ -106,8 +105,8 @@ class LoPA(EncodedMethod):
         encoding = self.encoding_of(texts.encoding)
         width, hidden = embeds.shape[-1], self.hidden or encoding.shape[-1]
         shared = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, width))
-        rows = Head(hidden, self.prompt_length * self.rank, self.dropout, name="rows")(encoding)
-        columns = Head(hidden, width * self.rank, self.dropout, name="columns")(encoding)
+        rows = Head(hidden, self.prompt_length * self.rank, self.encoding_dropout, name="rows")(encoding)
+        columns = Head(hidden, width * self.rank, self.encoding_dropout, name="columns")(encoding)
         u = rows.reshape(-1, self.prompt_length, self.rank)
         v = columns.reshape(-1, width, self.rank)
         return gated(shared, low_rank(u, v), self.variant).astype(embeds.dtype), embeds

@@ -21,6 +21,7 @@ from deptjax.methods.encoded import EncoderChoice
 from deptjax.models.pooling import pool
 from deptjax.prompt import Prompt
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
+from deptjax.training.population import train_population
 from deptjax.training.run import train
 from tests.cases import backbone_of
 from tests.reviews import review_rows, review_task
@@ -150,3 +151,21 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path: pathlib.Path) ->
     with pytest.raises(UserError, match="encoder_pooling 'pooled' needs a checkpoint with a pooling layer"):
         train(backbone_of("llama"), LoPA(encoder_pooling="pooled"), review_task(), tmp_path / "run", **SMALL)
     assert not (tmp_path / "run").exists()
+
+
+def test_members_of_a_population_learn_what_they_learn_alone(tmp_path: pathlib.Path) -> None:
+    """Without dropout, whose draws depend on who else is there; and the two members' rates differ."""
+    method = LoPA(prompt_length=2, rank=1, hidden=4, encoding_dropout=0.0)
+    members, settings = [{"low_rank_lr": 1e-4}, {"low_rank_lr": 1e-2}], {**SMALL, "eval_every": 0}
+    both = train_population(backbone_of("llama"), method, review_task(), tmp_path / "both", members, **settings)
+    kept = [Prompt.load(tmp_path / "both" / "members" / member.name / "prompt") for member in both.members]
+    for own, prompt in zip(members, kept, strict=True):
+        alone = train(
+            backbone_of("llama"), method, review_task(), tmp_path / f"{own['low_rank_lr']}", **settings, **own
+        )
+        assert alone.prompt is not None
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            prompt.trainable,
+            alone.prompt.trainable,
+        )

@@ -95,7 +95,7 @@ def test_dropout_is_of_the_encodings_and_in_training_alone(params: dict) -> None
 
     def prompt(rate: float, key: int | None) -> jax.Array:
         rngs = {} if key is None else {"dropout": jax.random.key(key)}
-        return method(dropout=rate).apply({"params": params}, embeds, texts, method="streams", rngs=rngs)[0]
+        return method(encoding_dropout=rate).apply({"params": params}, embeds, texts, method="streams", rngs=rngs)[0]
 
     np.testing.assert_array_equal(prompt(0.5, None), prompt(0.0, None))
     np.testing.assert_array_equal(prompt(0.0, 1), prompt(0.0, None))
@@ -107,7 +107,7 @@ def test_dropout_is_of_the_encodings_and_in_training_alone(params: dict) -> None
     [
         ({"variant": "gat"}, "variant 'gat' is not one of gate, concat, add, max. Did you mean 'gate'?"),
         ({"rank": 0}, "rank is 0; it must be at least 1"),
-        ({"dropout": 1.0}, "dropout is 1.0; it must be from 0 to below 1"),
+        ({"encoding_dropout": 1.0}, "encoding_dropout is 1.0; it must be from 0 to below 1"),
         ({"encoder_pooling": "avg"}, "encoder_pooling 'avg' is not one of first, mean, last, pooled"),
         ({"encoder_length": 0}, "encoder_length is 0; it must be at least 1"),
     ],
