@@ -15,7 +15,8 @@ from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.inference.answers import Answer, Reader, answer_batch
 from deptjax.inference.rows import Rows
 from deptjax.inference.text_encoder import TextEncoder
-from deptjax.methods.encoded import ENCODER, without_encoder
+from deptjax.methods.base import ENCODER
+from deptjax.methods.encoded import without_encoder
 from deptjax.sharding import Placement, put_leaf
 from deptjax.typing import Tree
 

@@ -20,8 +20,8 @@ import numpy as np
 from deptjax.data.buckets import power_of_two
 from deptjax.data.pipeline import pad
 from deptjax.errors import UserError
-from deptjax.methods.base import Method
-from deptjax.methods.encoded import ENCODER, ITSELF, EncoderChoice
+from deptjax.methods.base import ENCODER, EncoderChoice, Method
+from deptjax.methods.encoded import ITSELF
 from deptjax.models.backbone import Backbone
 from deptjax.models.encoder import Encoding
 from deptjax.prompt import Prompt

@@ -30,8 +30,8 @@ from deptjax.methods.zero_shot import ZeroShot
 __all__ = [
     "ACCEPT",
     "DPT",
-    "ADePT",
     "IDPG",
+    "ADePT",
     "AttentionSite",
     "DePT",
     "FullFineTuning",

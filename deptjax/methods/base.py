@@ -29,6 +29,8 @@ from deptjax.errors import UserError, nearest
 from deptjax.mesh import Axes
 from deptjax.typing import Array, Key, Tree
 
+ENCODER = "encoder"  # the key of a tuned encoder's weights in `trainable`
+POOLINGS = ("first", "mean", "last", "pooled")
 SITE = "site"  # the key under which the parameters of what fills an inner site are found
 
 
@@ -76,6 +78,24 @@ class Texts(NamedTuple):
     def whole(cls, embeds: Array, encoding: Array | None = None) -> Texts:
         """Returns what is to be said of embeddings (B, T, D) that are all of real tokens."""
         return cls(jnp.ones(embeds.shape[:2], bool), None, encoding)
+
+
+class EncoderChoice(NamedTuple):
+    """Which encoder reads the texts, and how its states become one vector.
+
+    Attributes:
+      name: as `load_backbone` takes it, or `backbone`.
+      pooling: one of `POOLINGS`; `None` takes what is usual for the encoder's family.
+      normalize: whether vectors are scaled to length 1.
+      max_length: the most tokens of a text that it reads.
+      trainable: whether its weights are tuned too.
+    """
+
+    name: str
+    pooling: str | None
+    normalize: bool
+    max_length: int
+    trainable: bool
 
 
 class InputModule(Protocol):
@@ -202,8 +222,8 @@ class Method:
         """Returns, by the name of a parameter, the constant that the method's formula multiplies it with."""
         return {}
 
-    def encoder_choice(self) -> Any | None:
-        """Returns which encoder reads the texts (`deptjax.methods.encoded`), or `None` for a method without one."""
+    def encoder_choice(self) -> EncoderChoice | None:
+        """Returns which encoder reads the texts, or `None` for a method without one."""
         return None
 
     def encoding_width(self) -> int | None:

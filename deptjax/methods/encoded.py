@@ -6,33 +6,12 @@ backbone itself. A frozen encoder is run once for each text, outside of the trai
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from deptjax.errors import UserError, nearest
+from deptjax.methods.base import ENCODER, POOLINGS, EncoderChoice
 from deptjax.methods.input_method import InputMethod
 from deptjax.typing import Array, Tree
 
-ENCODER = "encoder"  # the key of a tuned encoder's weights in `trainable`
 ITSELF = "backbone"  # the name of the encoder that is the backbone
-POOLINGS = ("first", "mean", "last", "pooled")
-
-
-class EncoderChoice(NamedTuple):
-    """Which encoder reads the texts, and how its states become one vector.
-
-    Attributes:
-      name: as `load_backbone` takes it, or `backbone`.
-      pooling: one of `POOLINGS`; `None` takes what is usual for the encoder's family.
-      normalize: whether vectors are scaled to length 1.
-      max_length: the most tokens of a text that it reads.
-      trainable: whether its weights are tuned too.
-    """
-
-    name: str
-    pooling: str | None
-    normalize: bool
-    max_length: int
-    trainable: bool
 
 
 def without_encoder(trainable: Tree) -> Tree:
@@ -54,6 +33,7 @@ class EncodedMethod(InputMethod):
     """
 
     by_instance = True
+    starts_plain = False
 
     encoder: str = ITSELF
     encoder_pooling: str | None = None

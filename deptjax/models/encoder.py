@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from deptjax.errors import UserError
-from deptjax.methods.encoded import EncoderChoice
+from deptjax.methods.base import EncoderChoice
 from deptjax.models.pooling import l2_normalized, pool
 from deptjax.typing import Array, Bool, Float, Int, Key, Tree
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
-from deptjax.methods.encoded import POOLINGS
+from deptjax.methods.base import POOLINGS
 from deptjax.typing import Array, Bool, Float
 
 

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from deptjax.errors import UserError
-from deptjax.methods.base import SITE, Method, Texts, Vocabulary, input_parameters
-from deptjax.methods.encoded import ENCODER
+from deptjax.methods.base import ENCODER, SITE, Method, Texts, Vocabulary, input_parameters
 from deptjax.models.backbone import Backbone
 from deptjax.models.encoder import Encoding
 from deptjax.quantization import any_quantized

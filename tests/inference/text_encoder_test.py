@@ -17,7 +17,7 @@ from deptjax.inference import text_encoder
 from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.inference.text_encoder import TextEncoder, encoder_of
 from deptjax.methods import IDPG, LoPA
-from deptjax.methods.encoded import EncoderChoice
+from deptjax.methods.base import EncoderChoice
 from deptjax.models.pooling import pool
 from deptjax.prompt import Prompt
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
