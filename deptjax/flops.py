@@ -19,16 +19,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from deptjax.methods.base import SITE, Method, Texts, input_parameters
+from deptjax.methods.base import SITE, AttentionSite, Method, Texts, input_parameters
 from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import parameter_shapes
 from deptjax.products import product_flops
-from deptjax.typing import Tree
+from deptjax.typing import Array, Tree
 
 _LAST = ("down", "wo")  # of an MLP's projections: the one that reads what the others have written
 
@@ -99,6 +100,8 @@ class _Tally:
         self.all_trained = method.tunes_backbone
         self._kernels = parameter_shapes(config)
         self._sites = _inner_sites(config, method)
+        self._fill = method.sites().attention
+        self._heads = getattr(config, "num_kv_heads", config.num_heads), config.head_dim
 
     def add(self, flops: int, live: bool, trained: bool) -> None:
         """Adds a product x W: is `x` live, is `W` trained?"""
@@ -127,13 +130,34 @@ class _Tally:
         self, layer: str, name: str, rows: int, queries: int, keys: int, q: bool, k: bool, v: bool, heads: int
     ) -> bool:
         """Adds scores and mixing of `heads` = N * H numbers a position; what fills the site is keys and values more."""
-        prefix = jax.tree.leaves(_at(self._sites, f"{layer}/{name}/{SITE}"))
-        keys += prefix[0].shape[1] if prefix else 0
-        k, v = k or bool(prefix), v or bool(prefix)
+        prefix = self._prefix(f"{layer.removesuffix('layers')}{name}")
+        keys += prefix
+        k, v = k or prefix > 0, v or prefix > 0
         flops = 2 * rows * queries * keys * heads
         self.forward += 2 * flops
         self.input_gradient += flops * (q + k) + flops * ((q or k) + v)  # of the scores' operands, of the mixing's
         return q or k or v
+
+    def _prefix(self, path: str) -> int:
+        """Adds the formula of what fills an attention site, and returns how many keys that gives."""
+        fill = self._fill and self._fill(AttentionSite(path, *self._heads), SITE)
+        if not fill:
+            return 0
+        params = jax.eval_shape(fill.init, jax.random.key(0))
+        keys, _ = self.formula(fill.apply, params)
+        return int(keys.shape[0])
+
+    def formula(self, function: Callable[[Tree], Any], params: Tree) -> Any:
+        """Adds a function of what is trained, and its gradient; returns the shapes of its result."""
+
+        def with_gradient(params: Tree, of_result: Any) -> Any:
+            result, gradient = jax.vjp(function, params)
+            return result, gradient(of_result)
+
+        result, own = jax.eval_shape(function, params), product_flops(function, params)
+        self.forward += own
+        self.weight_gradient += product_flops(with_gradient, params, result) - own
+        return result
 
 
 def _causal(tally: _Tally, config: Any, batch: BatchShape, front: _Front) -> bool:
@@ -208,21 +232,14 @@ def _input_site(tally: _Tally, method: Method, width: int, batch: BatchShape) ->
     if fill is None:
         return _Front()
 
-    def streams(params: Tree, embeds: Any) -> Any:
+    def streams(params: Tree, embeds: Array) -> Any:
         return fill.apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
 
     embeds = jax.ShapeDtypeStruct((batch.rows, batch.source, width), jnp.float32)
     params = jax.eval_shape(lambda key: input_parameters(method, key, width), jax.random.key(0))
-    closed, (prompt, _) = jax.make_jaxpr(streams, return_shape=True)(params, embeds)
-    own = product_flops(streams, params, embeds)
-
-    def with_gradient(params: Tree, embeds: Any, of_streams: Any) -> Any:
-        result, gradient = jax.vjp(lambda params: streams(params, embeds), params)
-        return result, gradient(of_streams)
-
-    both = product_flops(with_gradient, params, embeds, (prompt, jax.ShapeDtypeStruct(embeds.shape, embeds.dtype)))
-    tally.forward, tally.weight_gradient = tally.forward + own, tally.weight_gradient + both - own
-    unchanged = closed.jaxpr.outvars[-1] is closed.jaxpr.invars[-1]
+    prompt, _ = tally.formula(lambda params: streams(params, jnp.zeros(embeds.shape, embeds.dtype)), params)
+    jaxpr = jax.make_jaxpr(streams)(params, embeds).jaxpr
+    unchanged = jaxpr.outvars[-1] is jaxpr.invars[-1]
     if prompt is None:
         return _Front(text=not unchanged)
     return _Front(prompt.shape[-2], len(prompt.shape) == 3, not unchanged)

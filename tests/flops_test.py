@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from deptjax.flops import BatchShape, Flops, forward_flops, step_flops
-from deptjax.methods import ADePT, DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from deptjax.methods import ADePT, DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning, PTuning
 from deptjax.models.backbone import Backbone
 from deptjax.products import product_flops, products
 from deptjax.testing import tiny_gpt2, tiny_llama, tiny_t5
@@ -24,7 +24,11 @@ METHODS: dict[str, Method] = {
     "lora": LoRA(rank=4),
     "full": FullFineTuning(),
 }
-ADEPT = ADePT(prompt_length=12, rank=4)
+MADE: dict[str, Method] = {
+    "adept": ADePT(prompt_length=12, rank=4),
+    "p_tuning": PTuning(prompt_length=5, hidden=4, network="lstm"),
+    "prefix_tuning": PrefixTuning(prefix_length=6, hidden=5),
+}
 CLOSE = 1e-9  # the formula has every product of a step, so it is exact
 
 
@@ -67,11 +71,12 @@ def test_the_formula_is_what_a_step_computes(family: str, method: str, scan: boo
     assert flops.forward >= forward_flops(case.backbone.config, BATCH)
 
 
-def test_the_formula_of_a_net_on_frozen_embeddings() -> None:
+@pytest.mark.parametrize("method", MADE)
+def test_the_formula_of_networks_of_methods(method: str) -> None:
     """The first layer of ADePT's net has no gradient to hand on: what it is given is frozen."""
-    case = make_case(backbone_of("llama", True), ADEPT)
+    case = make_case(backbone_of("llama", True), MADE[method])
     counted = sum(product.flops * product.times for product in products(case.step, case.state(), case.frozen, batch()))
-    assert step_flops(case.backbone.config, ADEPT, BATCH).total == pytest.approx(counted, rel=CLOSE)
+    assert step_flops(case.backbone.config, MADE[method], BATCH).total == pytest.approx(counted, rel=CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

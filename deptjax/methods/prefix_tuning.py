@@ -2,22 +2,37 @@
 
     attention(q) = softmax(scale * q [K_P; K]^T) [V_P; V]        K_P, V_P (P, K, H) trained, one pair a layer
 
-Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", ACL 2021, arXiv 2101.00190; trained
-directly, without their reparametrisation, as P-tuning v2 does (Liu et al., ACL 2022, arXiv 2110.07602). The keys are
-attended to as they are: no rotary embedding is applied to them, no relative bias is added to their scores, and the
-positions of the text do not change.
+Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", ACL 2021, arXiv 2101.00190. By default
+they are trained directly, as P-tuning v2 does (Liu et al., ACL 2022, arXiv 2110.07602). The keys are attended to as
+they are: no rotary embedding is applied to them, no relative bias is added to their scores, and the positions of the
+text do not change.
+
+With `hidden` they are reparametrised, as Li and Liang train them:
+
+    [K_P; V_P] = tanh(Q W1 + b1) W2 + b2        Q (P, K H), W1 (K H, hidden), W2 (hidden, 2 K H)
+
+Q starts from N(0, 1), the layers as torch's do; after training only K_P and V_P are saved. Here each layer has all of
+this for itself, where the authors' layers share Q, W1 and b1, and have of W2 and b2 a part each: a site is filled layer
+by layer, and knows no other one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from deptjax.errors import UserError
-from deptjax.methods.base import AttentionSite, Sites, register_method
+from deptjax.methods import initializers
+from deptjax.methods.base import AttentionSite, Method, Sites, register_method
+from deptjax.methods.dense import dense
 from deptjax.methods.targets import TargetedMethod
-from deptjax.typing import Array, Float
+from deptjax.typing import Array, Float, Tree
+
+VECTORS = "vectors"  # the parameter by which a reparametrised prefix is known
 
 # Small, so that at first a layer's output is little more than scaled down by the attention that the prefix draws.
 INIT_SCALE = 0.02
@@ -44,6 +59,60 @@ class Prefix(nn.Module):
         return self.param("keys", start, shape), self.param("values", start, shape)
 
 
+def reparametrised_prefix(
+    vectors: Float[Array, "P D"],
+    w1: Float[Array, "D F"],
+    b1: Float[Array, "F"],
+    w2: Float[Array, "F 2 K H"],
+    b2: Float[Array, "2 K H"],
+) -> tuple[Float[Array, "P K H"], Float[Array, "P K H"]]:
+    """Returns keys and values: `tanh(vectors @ w1 + b1) w2 + b2`."""
+    made = jnp.einsum("pf,fckh->cpkh", jnp.tanh(dense(vectors, w1, b1)), w2)
+    keys, values = made + jnp.broadcast_to(b2[:, None], made.shape)
+    return keys, values
+
+
+class ReparametrisedPrefix(nn.Module):
+    """What makes the keys and values of one layer out of trained vectors.
+
+    Attributes:
+      length: P.
+      num_heads: K, the layer's key and value heads.
+      head_dim: H.
+      hidden: F, the hidden width.
+    """
+
+    length: int
+    num_heads: int
+    head_dim: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "P K H"], Float[Array, "P K H"]]:
+        """Returns the keys and the values, which every row and every query attends to."""
+        heads = (self.num_heads, self.head_dim)
+        width = self.num_heads * self.head_dim
+        into, out = (initializers.uniform_within(1.0 / math.sqrt(n)) for n in (width, self.hidden))
+        return reparametrised_prefix(
+            self.param(VECTORS, nn.initializers.normal(1.0), (self.length, width)),
+            self.param("w1", into, (width, self.hidden)),
+            self.param("b1", into, (self.hidden,)),
+            self.param("w2", out, (self.hidden, 2, *heads)),
+            self.param("b2", out, (2, *heads)),
+        )
+
+
+def folded_prefixes(tree: Tree) -> Tree:
+    """Returns a tree of sites, stacked over layers or not, with keys and values in the place of what makes them."""
+    if not isinstance(tree, dict):
+        return tree
+    if VECTORS not in tree:
+        return {name: folded_prefixes(node) for name, node in tree.items()}
+    made = reparametrised_prefix if tree[VECTORS].ndim == 2 else jax.vmap(reparametrised_prefix)
+    keys, values = made(*(jnp.asarray(tree[name]) for name in (VECTORS, "w1", "b1", "w2", "b2")))
+    return {"keys": np.asarray(keys), "values": np.asarray(values)}
+
+
 @register_method
 @dataclasses.dataclass(frozen=True)
 class PrefixTuning(TargetedMethod):
@@ -53,18 +122,16 @@ class PrefixTuning(TargetedMethod):
       prefix_length: P, trained positions a layer.
       targets: a regular expression searched for in the path of an attention layer: `attention` (LLaMA),
         `encoder/attention`, `decoder/self_attention`, `decoder/encoder_decoder_attention` (T5). The default takes all.
+      hidden: the hidden width of the reparametrisation; `None` trains keys and values directly.
     """
 
     kind = "prefix_tuning"
     starts_plain = False
+    more_sizes = ("prefix_length", "hidden")
 
     prefix_length: int = 20
     targets: str = "attention$"
-
-    def __post_init__(self) -> None:
-        if self.prefix_length < 1:
-            raise UserError(f"prefix_tuning: prefix_length is {self.prefix_length}; it must be at least 1")
-        super().__post_init__()
+    hidden: int | None = None
 
     def sites(self) -> Sites:
         return Sites(attention=self.fill)
@@ -73,11 +140,18 @@ class PrefixTuning(TargetedMethod):
         """Returns the prefix of an attention layer, or `None` when `targets` does not match its path."""
         if not self.takes(site):
             return None
-        return Prefix(self.prefix_length, site.num_heads, site.head_dim, name=name)
+        if self.hidden is None:
+            return Prefix(self.prefix_length, site.num_heads, site.head_dim, name=name)
+        return ReparametrisedPrefix(self.prefix_length, site.num_heads, site.head_dim, self.hidden, name=name)
+
+    def fold(self, trainable: Tree) -> tuple[Method, Tree]:
+        if self.hidden is None:
+            return self, trainable
+        return dataclasses.replace(self, hidden=None), folded_prefixes(trainable)
 
     def group(self, path: tuple[str, ...]) -> str:
-        return "prompt"
+        return "prompt" if path[-1] in ("keys", "values", VECTORS) else "low_rank"
 
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         # Keys and values live on the scale of a layer's own, not of the embeddings; 1e-2 is P-tuning v2's usual rate.
-        return {"prompt": 1e-2}
+        return {"prompt": 1e-2} if self.hidden is None else {"prompt": 1e-2, "low_rank": 1e-3}

@@ -13,7 +13,7 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.inference.prompt_bank import PromptBank
-from deptjax.methods import Method, PromptTuning, PTuning, ResidualPromptTuning
+from deptjax.methods import Method, PrefixTuning, PromptTuning, PTuning, ResidualPromptTuning
 from deptjax.prompt import Prompt
 from deptjax.training.config import TrainConfig
 from deptjax.training.population import train_population
@@ -25,18 +25,25 @@ from tests.reviews import review_prompt, review_task
 
 FOLDED: dict[str, Method] = {
     "residual": ResidualPromptTuning(prompt_length=5, bottleneck=7, prompt_init="vocab"),
+    "prefix": PrefixTuning(prefix_length=3, hidden=7),
     "p_tuning": PTuning(prompt_length=5, hidden=7),
     "p_tuning, lstm": PTuning(prompt_length=5, hidden=7, network="lstm"),
     "residual, separate": ResidualPromptTuning(prompt_length=5, bottleneck=7, separate=True, norm=False),
 }
-FAMILIES = {"residual": "llama", "residual, separate": "t5", "p_tuning": "t5", "p_tuning, lstm": "llama"}
+FAMILIES = {
+    "prefix": "t5",
+    "residual": "llama",
+    "residual, separate": "t5",
+    "p_tuning": "t5",
+    "p_tuning, lstm": "llama",
+}
 
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_a_folded_method_computes_the_same(name: str) -> None:
-    case = make_case(backbone_of(FAMILIES[name]), FOLDED[name])
+    case = make_case(backbone_of(FAMILIES[name], FAMILIES[name] == "t5"), FOLDED[name])
     method, folded = case.model.method.fold(jax.device_get(case.moved))
-    assert method.kind != case.model.method.kind
+    assert method != case.model.method
     assert count_parameters(folded) < count_parameters(case.moved)
     plain = make_case(case.backbone, method)
     assert jax.tree.map(np.shape, folded) == jax.tree.map(np.shape, plain.trainable)

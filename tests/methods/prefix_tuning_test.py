@@ -10,10 +10,11 @@ import pytest
 from deptjax.errors import UserError
 from deptjax.methods import AttentionSite, PrefixTuning
 from deptjax.methods.base import Sites
+from deptjax.methods.prefix_tuning import reparametrised_prefix
 from deptjax.models.causal import Attention, Context
 from deptjax.models.layers import extra_segments
 from deptjax.models.rope import rope_angles, rope_frequencies, rotate
-from tests.cases import backbone_of, make_case
+from tests.cases import backbone_of, make_case, some_batch
 
 B, T, P = 2, 5, 3
 
@@ -68,6 +69,38 @@ def test_every_layer_has_keys_and_values_of_its_own_size() -> None:
             assert np.std(np.concatenate([np.ravel(leaf) for leaf in leaves])) == pytest.approx(0.02, rel=0.2)
 
 
+def test_reparametrised_keys_and_values_are_a_tanh_between_two_layers() -> None:
+    random, (heads, head_dim, hidden) = np.random.default_rng(0), (2, 3, 5)
+    shapes = [(P, 6), (6, hidden), (hidden,), (hidden, 2, heads, head_dim), (2, heads, head_dim)]
+    vectors, w1, b1, w2, b2 = (random.standard_normal(shape) for shape in shapes)
+    flat = np.tanh(vectors @ w1 + b1) @ w2.reshape(hidden, -1) + b2.reshape(-1)
+    wanted = flat.reshape(P, 2, heads, head_dim).swapaxes(0, 1)
+    got = reparametrised_prefix(*(jnp.asarray(a, jnp.float32) for a in (vectors, w1, b1, w2, b2)))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_a_reparametrised_prefix_learns_and_starts_as_torchs_layers() -> None:
+    """Every layer's parameters move, with rates of their own for vectors and network."""
+    method = PrefixTuning(prefix_length=P, hidden=64)
+    case = make_case(backbone_of("llama"), method)
+    c = case.backbone.config
+    width = c.num_kv_heads * c.head_dim
+    first = case.trainable["backbone"]["layers_1"]["attention"]["site"]
+    size = P * width + width * 64 + 64 + 64 * 2 * width + 2 * width
+    assert sum(leaf.size for leaf in jax.tree.leaves(case.trainable)) == c.num_layers * size
+    for name, fan_in in {"w1": width, "b1": width, "w2": 64, "b2": 64}.items():
+        assert 0.8 / np.sqrt(fan_in) < np.abs(first[name]).max() <= 1 / np.sqrt(fan_in)
+    state, losses = case.state(), []
+    for _ in range(3):
+        state, metrics = case.step(state, case.frozen, some_batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), state.trainable, case.trainable)))
+    groups = set(jax.tree.leaves(method.groups(case.trainable)))
+    assert groups == method.learning_rates(0.1).keys() == {"prompt", "low_rank"}
+    assert method.groups(case.trainable)["backbone"]["layers_0"]["attention"]["site"]["vectors"] == "prompt"
+
+
 @pytest.mark.parametrize(
     ("targets", "taken", "left"),
     [
@@ -89,6 +122,8 @@ def test_an_empty_site_costs_nothing() -> None:
 def test_mistakes() -> None:
     with pytest.raises(UserError, match="prefix_tuning: prefix_length is 0; it must be at least 1"):
         PrefixTuning(prefix_length=0)
+    with pytest.raises(UserError, match="prefix_tuning: hidden is 0; it must be at least 1"):
+        PrefixTuning(hidden=0)
     with pytest.raises(UserError, match=r"prefix_tuning: targets '\(x' is not a regular expression"):
         PrefixTuning(targets="(x")
 
