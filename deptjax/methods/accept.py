@@ -70,6 +70,19 @@ class ACCEPT(InputMethod):
     """
 
     kind = "accept"
+    paper = (
+        "Lin et al., ACCEPT: Adaptive Codebook for Composite and Efficient Prompt Tuning, "
+        "EMNLP Findings 2024, arXiv 2410.12847"
+    )
+    formula = "M (D / t) r + r D + X (D / u) q + q D"
+    letters = {
+        "M": "prompt_length",
+        "t": "prompt_part",
+        "r": "prompt_codewords",
+        "X": "max_length",
+        "u": "offset_part",
+        "q": "offset_codewords",
+    }
     starts_plain = False
     sizes = ("prompt_length", "prompt_codewords", "max_length", "offset_codewords")
     more_sizes = ("prompt_part", "offset_part")

@@ -146,6 +146,18 @@ class Method:
     kind: ClassVar[str]
     """The method's name in configs, on the command line and in a saved prompt."""
 
+    paper: ClassVar[str]
+    """Where it was published, in one line."""
+
+    formula: ClassVar[str]
+    """How many parameters it trains at its default options, in the letters of ARCHITECTURE.md and of `letters`.
+
+    Ends in "for each layer", "for each attention layer" or "for each projection" (from I to O numbers) where a method
+    sits at more than one place, all of which are added up."""
+
+    letters: ClassVar[Mapping[str, str]] = {}
+    """The fields that letters of `formula` stand for."""
+
     starts_plain: ClassVar[bool] = True
     """True when at first the model computes what the frozen one does behind the method's prompt, if it has one."""
 

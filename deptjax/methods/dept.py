@@ -91,6 +91,12 @@ class DePT(InputMethod):
     """
 
     kind = "dept"
+    paper = (
+        "Shi and Lipani, DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning, ICLR 2024, "
+        "arXiv 2309.05173"
+    )
+    formula = "M D + (X + D) R"
+    letters = {"M": "prompt_length", "X": "max_length", "R": "rank"}
     sizes = ("prompt_length", "rank", "max_length")
     free = ("alpha", "scaling", "budget", "prompt_init", "prompt_text")
 

@@ -39,6 +39,11 @@ class DPT(InputMethod):
     """
 
     kind = "dpt"
+    paper = (
+        "Xiao et al., Decomposed Prompt Tuning via Low-Rank Reparameterization, EMNLP Findings 2023, arXiv 2310.10094"
+    )
+    formula = "(M + D) R"
+    letters = {"M": "prompt_length", "R": "rank"}
     sizes = ("prompt_length", "rank")
     free = ("prompt_init", "prompt_text")
     in_front = {"prompt_u": -2}

@@ -13,6 +13,8 @@ class FullFineTuning(Method):
     """Trains the whole backbone; it fills no site."""
 
     kind = "full"
+    paper = "none: every weight is trained"
+    formula = "all of the backbone"
     tunes_backbone = True
 
     def group(self, path: tuple[str, ...]) -> str:

@@ -81,6 +81,12 @@ class LoPA(EncodedMethod):
     """
 
     kind = "lopa"
+    paper = (
+        "Jain et al., Prompt Tuning Strikes Back: Customizing Foundation Models with Low-Rank Prompt Adaptation, "
+        "NeurIPS 2024, arXiv 2405.15282"
+    )
+    formula = "2 (H F + F) + (F + 1) (M + D) R + M D"
+    letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "R": "rank"}
     free = ("encoding_dropout", "prompt_init", "prompt_text")
 
     prompt_length: int = 10

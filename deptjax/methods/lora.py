@@ -63,6 +63,9 @@ class LoRA(TargetedMethod):
     """
 
     kind = "lora"
+    paper = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685"
+    formula = "(I + O) R for each projection"
+    letters = {"R": "rank"}
     sizes = ("rank",)
     free = ("alpha",)
     axes = {"lora_a": ("in", None), "lora_b": (None, "out")}
