@@ -232,8 +232,11 @@ def _input_site(tally: _Tally, method: Method, width: int, batch: BatchShape) ->
     if fill is None:
         return _Front()
 
+    encoded = method.encoding_width()
+
     def streams(params: Tree, embeds: Array) -> Any:
-        return fill.apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
+        texts = Texts.whole(embeds, None if encoded is None else jnp.zeros((batch.rows, encoded)))
+        return fill.apply({"params": params}, embeds, texts, method="streams")
 
     embeds = jax.ShapeDtypeStruct((batch.rows, batch.source, width), jnp.float32)
     params = jax.eval_shape(lambda key: input_parameters(method, key, width), jax.random.key(0))

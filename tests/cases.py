@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +17,10 @@ from deptjax.inference.rows import Rows
 from deptjax.inference.text_encoder import encoder_of
 from deptjax.methods import (
     ACCEPT,
+    ATTEMPT,
     DPT,
     IDPG,
+    MPT,
     ADePT,
     DePT,
     FullFineTuning,
@@ -28,6 +32,7 @@ from deptjax.methods import (
     PTuning,
     ResidualPromptTuning,
 )
+from deptjax.methods.base import FIXED
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
 from deptjax.prompt import Prompt
@@ -50,6 +55,7 @@ PROMPT_METHODS: dict[str, Method] = {
     "accept": ACCEPT(5, 4, 3, MAX_LENGTH, 8, 2, prompt_init="vocab"),
     "adept": ADePT(prompt_length=5, rank=3, prompt_init="vocab"),
     "dpt": DPT(prompt_length=5, rank=3),
+    "mpt": MPT(prompt_length=5),
     "p_tuning": PTuning(prompt_length=5, hidden=7, network="lstm"),
     "residual_prompt_tuning": ResidualPromptTuning(prompt_length=5, bottleneck=7, prompt_init="vocab"),
 }
@@ -58,6 +64,7 @@ ENCODED: dict[str, Method] = {
     "lopa": LoPA(prompt_length=5, rank=2, hidden=7, prompt_init="vocab"),
     "idpg": IDPG(prompt_length=5, hidden=6, generator="dense"),
 }
+SOURCED = "attempt"  # its source prompts belong to a backbone
 BACKBONES: dict[str, Callable[..., Backbone]] = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
 RATES = {"prompt": 0.1, "low_rank": 0.01, "backbone": 1e-3}
 
@@ -116,7 +123,7 @@ class Case:
     def tx(self) -> Any:
         """AdamW at constant rates."""
         groups = self.model.method.groups(self.trainable)
-        used = {name: (lambda step, rate=RATES[name]: rate) for name in set(jax.tree.leaves(groups))}
+        used = {name: (lambda step, rate=RATES[name]: rate) for name in set(jax.tree.leaves(groups)) - {FIXED}}
         return make_optimizer(used, groups)
 
     def prompt(self, task: Mapping[str, Any] | None = None, max_length: int = MAX_LENGTH) -> Prompt:
@@ -144,7 +151,20 @@ def make_case(backbone: Backbone, method: Method, **fields: Any) -> Case:
 @functools.cache
 def case_of(backbone: str, method: str, scan: bool = False) -> Case:
     """Returns a case by the names of its parts; the same one at each call, so that what it compiles is shared."""
+    if method == SOURCED:
+        return make_case(backbone_of(backbone, scan), ATTEMPT(5, source_prompts(backbone), 7, prompt_init="vocab"))
     return make_case(backbone_of(backbone, scan), (METHODS | PROMPT_METHODS | ENCODED)[method])
+
+
+@functools.cache
+def source_prompts(backbone: str) -> str:
+    """Returns the folders of two prompts of five vectors on a backbone, as ATTEMPT takes them."""
+    folder, tuned = pathlib.Path(tempfile.mkdtemp(prefix="deptjax-sources-")), case_of(backbone, "prompt_tuning")
+    for name, factor in (("one", 1.0), ("two", -2.0)):
+        prompt = tuned.prompt()
+        trainable = jax.tree.map(lambda leaf, by=factor: by * leaf, prompt.trainable)
+        dataclasses.replace(prompt, trainable=trainable).save(folder / name)
+    return f"{folder / 'one'},{folder / 'two'}"
 
 
 def rows_of(lengths: Sequence[int], seed: int = 0, vocab: int = 50) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from deptjax.methods.accept import ACCEPT, mixed_codewords
 from deptjax.methods.adept import ADePT, adept_offset
+from deptjax.methods.attempt import ATTEMPT
 from deptjax.methods.base import (
     AttentionSite,
     LinearSite,
@@ -21,6 +22,7 @@ from deptjax.methods.full import FullFineTuning
 from deptjax.methods.idpg import IDPG
 from deptjax.methods.lopa import LoPA
 from deptjax.methods.lora import LoRA
+from deptjax.methods.mpt import MPT
 from deptjax.methods.p_tuning import PTuning
 from deptjax.methods.prefix_tuning import PrefixTuning
 from deptjax.methods.prompt_tuning import PromptTuning
@@ -29,8 +31,10 @@ from deptjax.methods.zero_shot import ZeroShot
 
 __all__ = [
     "ACCEPT",
+    "ATTEMPT",
     "DPT",
     "IDPG",
+    "MPT",
     "ADePT",
     "AttentionSite",
     "DePT",

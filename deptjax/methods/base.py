@@ -31,6 +31,7 @@ from deptjax.typing import Array, Key, Tree
 
 ENCODER = "encoder"  # the key of a tuned encoder's weights in `trainable`
 POOLINGS = ("first", "mean", "last", "pooled")
+FIXED = "fixed"  # the group of parameters that a method keeps and does not train
 SITE = "site"  # the key under which the parameters of what fills an inner site are found
 
 
@@ -214,7 +215,7 @@ class Method:
         """Returns the learning-rate group of the parameter at `path` in `trainable`.
 
         One of `"prompt"` (soft prompts, which live on the scale of the embeddings), `"low_rank"` (low-rank factors)
-        and `"backbone"` (full weights).
+        and `"backbone"` (full weights); or `FIXED`, of what the method brings with it and leaves as it is.
         """
         raise NotImplementedError
 

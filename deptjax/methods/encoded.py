@@ -63,6 +63,9 @@ class EncodedMethod(InputMethod):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{self.kind}: {name} is {getattr(self, name)}; it must be from 0 to below 1")
 
+    def resolve(self, width: int) -> EncodedMethod:
+        return self.clone(encoder_width=width) if self.encoder_width is None and self.encoder == ITSELF else self
+
     def encoder_choice(self) -> EncoderChoice:
         return EncoderChoice(
             self.encoder, self.encoder_pooling, self.encoder_normalize, self.encoder_length, self.encoder_trainable
@@ -73,7 +76,9 @@ class EncodedMethod(InputMethod):
 
     def encoding_width(self) -> int:
         if self.encoder_width is None:
-            raise UserError(f"{self.kind}: its encoder '{self.encoder}' has not been loaded; set encoder_width to try")
+            raise UserError(
+                f"{self.kind}: its encoder '{self.encoder}' has not been loaded; give encoder_width, its width"
+            )
         return self.encoder_width
 
     def group(self, path: tuple[str, ...]) -> str:

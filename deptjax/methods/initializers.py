@@ -20,6 +20,7 @@ from deptjax.typing import Array, Float, Key
 KINDS = ("text", "vocab", "labels", "random", "normal")
 # The authors' sentence reads "Classify this text is postive or not:"; this is what it means.
 DEFAULT_TEXT = "Classify this text as positive or not:"
+_TENSORS = "prompt.safetensors"
 VOCAB_ROWS = 5000  # sampled from the most common pieces, which come first in SentencePiece and BPE vocabularies
 
 
@@ -110,24 +111,32 @@ def _sampled(key: Key, length: int, vocabulary: Vocabulary) -> Array:
 
 
 def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
-    path = pathlib.Path(start) / "prompt.safetensors"
-    if not path.exists():
+    if not (pathlib.Path(start) / _TENSORS).exists():
         raise UserError(
             f"prompt_init '{start}' is neither one of {', '.join(KINDS)} nor a saved prompt folder."
             f"{nearest(start, KINDS)}"
         )
+    saved = saved_prompt(start, vocabulary.embedding.shape[1])
+    return jnp.resize(saved, (length, saved.shape[1])) if len(saved) < length else saved[:length]
+
+
+def saved_prompt(folder: str, width: int) -> Array:
+    """Returns the soft prompt (M, D) float32 in the folder of a saved prompt.
+
+    Raises `UserError` for a folder without one, a damaged file, and a prompt whose width is not `width`.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    path = pathlib.Path(folder) / _TENSORS
+    if not path.exists():
+        raise UserError(f"'{folder}' is not the folder of a saved prompt: it has no {_TENSORS}")
     try:
         saved = load_file(path).get("input/prompt")
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if saved is None:
         raise UserError(f"{path} holds no soft prompt (tensor 'input/prompt'); choose a prompt of a prompt method")
-    if saved.shape[1] != vocabulary.embedding.shape[1]:
-        width = vocabulary.embedding.shape[1]
+    if saved.shape[1] != width:
         raise UserError(f"{path} has width {saved.shape[1]}, the backbone {width}; choose a prompt of this backbone")
-    return jnp.asarray(
-        np.resize(saved, (length, saved.shape[1])) if len(saved) < length else saved[:length], jnp.float32
-    )
+    return jnp.asarray(saved, jnp.float32)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError
+from deptjax.methods.base import Method
 from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import Config, parameter_count, parameter_shapes
 from deptjax.planning.chips import Chip
@@ -33,7 +34,7 @@ from deptjax.quantization import quantize_tree
 from deptjax.sharding import Placement
 from deptjax.training.config import TrainConfig
 from deptjax.training.optim import make_optimizer
-from deptjax.training.state import TrainState, count_parameters
+from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import make_loss, make_train_step
 from deptjax.typing import Tree
 
@@ -189,7 +190,7 @@ def make_plan(
     frozen = _placed(frozen, placement.of_backbone(frozen))
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.rows)
-        for name, leaf in _batch(rows).items()
+        for name, leaf in _batch(rows, method).items()
     }
     step = make_train_step(make_loss(prompted, dropout=train.dropout), tx, placement, method.axes)
     start = time.perf_counter()
@@ -207,7 +208,7 @@ def make_plan(
         remat=config.remat,
         rows=rows,
         backbone_parameters=parameter_count(config),
-        trainable_parameters=count_parameters(trainable),
+        trainable_parameters=count_trained(trainable, method.groups(trainable)),
         memory=Memory(weights, own, max(0, total - weights - own), total, limit),
         cost=cost,
         compile_seconds=time.perf_counter() - start,
@@ -295,8 +296,11 @@ def check_rows(model: str, config: Config, method: Any, placement: Placement, ro
         )
 
 
-def _batch(rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns a batch as ARCHITECTURE.md has it."""
+def _batch(rows: Rows, method: Method) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns a batch as ARCHITECTURE.md has it; of a method with an encoder, that has read the texts before.
+
+    Raises `UserError` for an encoder that is tuned, and so a part of the step that nobody has described.
+    """
     b, t, u = rows
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "source": ((b, t), jnp.int32),
@@ -306,6 +310,11 @@ def _batch(rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
         "label": ((b,), jnp.int32),
         "weight": ((b,), jnp.float32),
     }
+    choice, width = method.encoder_choice(), method.encoding_width()
+    if choice is not None and choice.trainable:
+        raise UserError("encoder_trainable: a plan does not count an encoder that is tuned; leave it frozen")
+    if width is not None:
+        shapes["encoding"] = ((b, width), jnp.float32)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 

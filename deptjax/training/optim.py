@@ -11,6 +11,7 @@ import jax
 import optax
 
 from deptjax.errors import UserError, nearest
+from deptjax.methods.base import FIXED
 from deptjax.typing import Tree
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -67,10 +68,11 @@ def make_optimizer(
     Raises:
       ValueError: if a group of the tree has no schedule: no parameter is left without a learning rate.
     """
-    missing = set(jax.tree.leaves(groups)) - set(schedules)
+    missing = set(jax.tree.leaves(groups)) - {*schedules, FIXED}
     if missing:
         raise ValueError(f"no learning rate for the parameter group(s) {sorted(missing)}")
     adam = {name: optax.adamw(rate, eps=eps, weight_decay=weight_decay) for name, rate in schedules.items()}
+    adam[FIXED] = optax.set_to_zero()
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), optax.multi_transform(adam, groups))
     if accumulate == 1:
         return tx

@@ -40,7 +40,7 @@ from deptjax.training.population_loop import (
     stack_where,
 )
 from deptjax.training.run import announce
-from deptjax.training.state import TrainState, count_parameters
+from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import make_population_step
 from deptjax.training.tuning import EncodedTask, Tuning, encode_task
 
@@ -184,7 +184,7 @@ def train_population(
         )
         with PeakMemory() as peak:
             outcome = loop.run(placed(stacked), so_far)
-        parameters = count_parameters(trainable)
+        parameters = count_trained(trainable, first.model.method.groups(trainable))
         return _finish(own_folder, member_folders, chosen, outcome, parameters, peak.mib)
 
 

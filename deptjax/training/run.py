@@ -26,7 +26,7 @@ from deptjax.sharding import Placement
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder, write_json
 from deptjax.training.loop import Loop, Outcome, Progress
-from deptjax.training.state import TrainState, count_parameters
+from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import make_loss, make_train_step
 from deptjax.training.tuning import Tuning
 from deptjax.typing import Tree
@@ -95,6 +95,7 @@ def train(
     tuning = Tuning.prepare(backbone, method, get_task(task) if isinstance(task, str) else task, config)
     trainable, frozen, step_key = tuning.start()
     tx = tuning.optimizer(trainable)
+    trained = count_trained(trainable, tuning.model.method.groups(trainable))
     # A copy, because a step reuses the memory of its state, and full fine-tuning starts from the backbone's own arrays.
     state = TrainState.create(jax.tree.map(jnp.copy, trainable), tx, step_key)
     state = placement.put(state, placement.of_trainable(state, tuning.model.method.axes))
@@ -137,11 +138,11 @@ def train(
             so_far = Progress(**saved)
             batches.set_state(so_far.data)
         elif folder.result.exists():  # of a population's member, or of a run whose checkpoints were removed
-            return _finish(folder, _ended(folder, state, so_far, config.steps), count_parameters(trainable), 0.0)
+            return _finish(folder, _ended(folder, state, so_far, config.steps), trained, 0.0)
         so_far.move(str(placement), told=progress is not False)
         with PeakMemory() as peak:
             outcome = loop.run(state, so_far)
-        return _finish(folder, outcome, count_parameters(trainable), peak.mib)
+        return _finish(folder, outcome, trained, peak.mib)
 
 
 def announce(placement: Placement, progress: bool | None) -> None:

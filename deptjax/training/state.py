@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deptjax.methods.base import FIXED
 from deptjax.typing import Array, Key, Tree
 
 
@@ -36,3 +37,13 @@ def count_parameters(tree: Tree) -> int:
     11
     """
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def count_trained(trainable: Tree, groups: Tree) -> int:
+    """Returns the number of scalars that are trained: those of a method's fixed group are not.
+
+    >>> count_trained({"prompt": jnp.zeros(5), "sources": jnp.zeros(9)}, {"prompt": "prompt", "sources": FIXED})
+    5
+    """
+    counted = jax.tree.map(lambda leaf, group: 0 if group == FIXED else leaf.size, trainable, groups)
+    return sum(jax.tree.leaves(counted))
