@@ -63,6 +63,12 @@ class ATTEMPT(InputMethod):
     """
 
     kind = "attempt"
+    paper = (
+        "Asai et al., ATTEMPT: Parameter-Efficient Multi-task Tuning via Attentional Mixtures of Soft Prompts, EMNLP"
+        " 2022, arXiv 2205.11961"
+    )
+    formula = "M D + 2 D G + 2 D"
+    letters = {"M": "prompt_length", "G": "bottleneck"}
     by_instance = True
     starts_plain = False
     free = ("prompt_init", "prompt_text")

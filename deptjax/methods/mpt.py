@@ -44,6 +44,12 @@ class MPT(ReparametrisedPrompt):
     """
 
     kind = "mpt"
+    paper = (
+        "Wang et al., Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning, ICLR 2023, arXiv"
+        " 2303.02861"
+    )
+    formula = "M D + M + D"
+    letters = {"M": "prompt_length"}
 
     prompt_length: int = 100
     prompt_init: str = "vocab"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from deptjax.methods import IDPG, Method, PTuning, method_class, method_names
+from deptjax.methods import ATTEMPT, IDPG, Method, PTuning, method_class, method_names
 from deptjax.methods.base import method_fields
 from deptjax.models.prompted import PromptedModel
-from deptjax.training.state import count_parameters
+from deptjax.training.state import count_trained
 from deptjax.typing import Tree
 from tests.cases import ENCODED, METHODS, PROMPT_METHODS, backbone_of
 
@@ -20,6 +20,7 @@ CASES: dict[str, Method] = {
     # The formulas are of the default networks.
     "p_tuning": PTuning(prompt_length=5, hidden=7),
     "idpg": IDPG(prompt_length=5, hidden=6, factors=3),
+    "attempt": ATTEMPT(5, "a,b", bottleneck=7),
 }
 ON = [("llama", name) for name in CASES] + [("t5", "lora"), ("t5", "prefix_tuning")]
 
@@ -58,7 +59,7 @@ def test_the_formula_is_the_number_of_parameters(family: str, name: str) -> None
     for _, beside in places(shapes.get("backbone", {}), backbone.params):
         kernel = beside.get("kernel")
         found.append({} if kernel is None else dict(zip("IO", kernel.shape, strict=True)))
-    assert count_parameters(shapes) == sum(value(formula, letters | own) for own in found)
+    assert count_trained(shapes, model.method.groups(shapes)) == sum(value(formula, letters | own) for own in found)
 
 
 def test_every_method_says_where_it_is_from_and_what_it_costs() -> None:
