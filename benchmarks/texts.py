@@ -40,7 +40,7 @@ def text_batches(entrant: Entrant) -> tuple[list[Batch], jax.Array | None]:
 def _real(name: str) -> tuple[list[Example], jax.Array | None]:
     data = get_task(name).load()
     tokenizer = load_tokenizer(packaged.tokenizer_folder("t5"))
-    preprocessor = Preprocessor(tokenizer, data.task, causal=False, max_length=MAX_LENGTH)
+    preprocessor = Preprocessor(tokenizer, data.task, form="encoder_decoder", max_length=MAX_LENGTH)
     tokens = jnp.asarray(preprocessor.label_tokens()) if preprocessor.labels_are_tokens() else None
     return preprocessor.encode_all(data.train), tokens
 

@@ -10,7 +10,8 @@ three forward passes, and one in front of a frozen model two, and attention's on
 nor depends on it has a gradient.
 
 A prompt that rows of a causal batch share is M positions a batch, and in the last layer its keys and values alone; in
-front of an encoder it is M positions a row. The head sees the target positions alone. What rematerialisation computes
+front of an encoder it is M positions a row. The head sees the target positions alone; of a masked model the one of
+the mask. What rematerialisation computes
 again is left out, as is usual where a chip's utilisation is told.
 """
 
@@ -77,6 +78,8 @@ def step_flops(config: Any, method: Method, batch: BatchShape, share_prompt: boo
         front = front._replace(text=True)
     if config.is_encoder_decoder:
         live = _encoder_decoder(tally, config, batch, front)
+    elif config.is_masked:
+        live, batch = _masked(tally, config, batch, front), batch._replace(targets=1)
     else:
         live = _causal(tally, config, batch, front if share_prompt else front._replace(of_each_row=True))
     logits = config.vocab_size if batch.logits is None else batch.logits
@@ -224,6 +227,25 @@ def _encoder_decoder(tally: _Tally, config: Any, batch: BatchShape, front: _Fron
     for _ in range(config.num_decoder_layers):
         live = decoder(tally, live)
     return live
+
+
+def _masked(tally: _Tally, config: Any, batch: BatchShape, front: _Front) -> bool:
+    rows, length, heads = batch.rows, front.prompt + batch.source, config.num_heads * config.head_dim
+    positions = rows * length
+
+    def block(tally: _Tally, live: bool) -> bool:
+        q, k, v = (tally.linear("layers", f"attention/{name}", positions, live) for name in ("query", "key", "value"))
+        mixed = tally.attention("layers", "attention", rows, length, length, q, k, v, heads)
+        live = tally.linear("layers", "attention/out", positions, mixed) or live
+        return tally.mlp("layers", positions, live) or live
+
+    live = front.text or front.prompt > 0
+    if config.scan_layers:
+        live = block(_dry(tally), live)
+    for _ in range(config.num_layers):
+        live = block(tally, live)
+    tally.add(2 * rows * config.width**2, live, tally.all_trained)  # of the head, at the mask alone
+    return live or tally.all_trained
 
 
 def _input_site(tally: _Tally, method: Method, width: int, batch: BatchShape) -> _Front:

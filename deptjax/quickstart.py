@@ -159,7 +159,7 @@ def majority_accuracy(data: TaskData) -> float:
 def held_out_accuracy(backbone: Backbone, method: Method, trainable: Tree, frozen: Tree, data: TaskData) -> float:
     """Returns the accuracy on the held-out questions."""
     model = PromptedModel.build(backbone, method)
-    preprocessor = Preprocessor(backbone.tokenizer, data.task, causal=True, max_length=MAX_LENGTH)
+    preprocessor = Preprocessor(backbone.tokenizer, data.task, form="causal", max_length=MAX_LENGTH)
     examples = preprocessor.encode_all(data.test)
     buckets = choose_buckets([len(example.source) for example in examples], BUCKETS)
     evaluator = Evaluator(model, preprocessor, batch_size=BATCH_SIZE, buckets=buckets)

@@ -36,7 +36,7 @@ from deptjax.methods.base import FIXED
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import PromptedModel
 from deptjax.prompt import Prompt
-from deptjax.testing import tiny_gpt2, tiny_llama, tiny_t5
+from deptjax.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from deptjax.training.optim import make_optimizer
 from deptjax.training.state import TrainState
 from deptjax.training.step import make_loss, make_train_step
@@ -65,7 +65,12 @@ ENCODED: dict[str, Method] = {
     "idpg": IDPG(prompt_length=5, hidden=6, generator="dense"),
 }
 SOURCED = "attempt"  # its source prompts belong to a backbone
-BACKBONES: dict[str, Callable[..., Backbone]] = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "bert": functools.partial(tiny_bert, has_pooler=False),  # which filling a mask leaves as it is
+    "gpt2": tiny_gpt2,
+    "llama": tiny_llama,
+    "t5": tiny_t5,
+}
 RATES = {"prompt": 0.1, "low_rank": 0.01, "backbone": 1e-3}
 
 
@@ -125,6 +130,21 @@ class Case:
         groups = self.model.method.groups(self.trainable)
         used = {name: (lambda step, rate=RATES[name]: rate) for name in set(jax.tree.leaves(groups)) - {FIXED}}
         return make_optimizer(used, groups)
+
+    def taken(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns a batch as the backbone takes it: one that fills masks, with the mask as each text's last token."""
+        config = self.backbone.config
+        if not config.is_masked:
+            return batch
+        mask = batch["source_mask"]
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        source = batch["source"].at[jnp.arange(len(mask)), last].set(config.mask_token)
+        return {
+            **batch,
+            "source": source,
+            "targets": batch["targets"][:, :1],
+            "target_mask": batch["target_mask"][:, :1],
+        }
 
     def prompt(self, task: Mapping[str, Any] | None = None, max_length: int = MAX_LENGTH) -> Prompt:
         """The moved parameters as a run leaves them, for a task's configuration or for one of bare texts."""

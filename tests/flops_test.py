@@ -12,7 +12,7 @@ from deptjax.flops import BatchShape, Flops, forward_flops, step_flops
 from deptjax.methods import ADePT, DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning, PTuning
 from deptjax.models.backbone import Backbone
 from deptjax.products import product_flops, products
-from deptjax.testing import tiny_gpt2, tiny_llama, tiny_t5
+from deptjax.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from deptjax.training.step import make_loss
 from tests.cases import Case, batch_of, make_case, rows_of
 
@@ -35,6 +35,8 @@ CLOSE = 1e-9  # the formula has every product of a step, so it is exact
 def backbone_of(family: str, scan: bool) -> Backbone:
     if family == "t5":
         return tiny_t5(width=48, mlp_dim=96, num_heads=4, head_dim=12, gated=True, tied=False, scan_layers=scan)
+    if family == "bert":
+        return tiny_bert(width=48, mlp_dim=96, num_heads=4, num_layers=3, has_pooler=False, scan_layers=scan)
     if family == "gpt2":
         return tiny_gpt2(width=48, mlp_dim=96, num_heads=4, num_layers=3, scan_layers=scan)
     sizes = {"width": 48, "mlp_dim": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "num_layers": 3}
@@ -59,11 +61,11 @@ def kernel_shapes(case: Case) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_the_formula_is_what_a_step_computes(family: str, method: str, scan: bool) -> None:
     """And no product of a step makes the gradient of a frozen weight."""
     case = case_of(family, method, scan)
-    found = products(case.step, case.state(), case.frozen, batch())
+    found = products(case.step, case.state(), case.frozen, case.taken(batch()))
     flops = step_flops(case.backbone.config, METHODS[method], BATCH)
     assert flops.total == pytest.approx(sum(product.flops * product.times for product in found), rel=CLOSE)
     made = {product.result for product in found}

@@ -1,11 +1,6 @@
-"""From rows to token ids: sources cut with care, targets as the backbone's family expects them.
+"""From rows to token ids: sources cut with care, targets as the kind of backbone expects them.
 
-Encoder-decoder (`causal=False`): the source ends with `</s>`, the target is its pieces and `</s>`.
-
-Causal: the source is what the tokenizer makes of it (with `<s>` where the tokenizer adds one), never with an end token.
-The target continues the text: a space is put between, unless the source ends in white space. A target of free text ends
-with the end token. So do labels, unless every label is a single token: these are scored by one state, and nothing
-follows.
+What a source and a target are to a causal, an encoder-decoder or a masked backbone is in `deptjax.data.forms`.
 """
 
 from __future__ import annotations
@@ -14,28 +9,17 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
+from deptjax.data.forms import FORMS, Cut, Tokenizer
 from deptjax.data.tasks import Task
 from deptjax.data.templates import Row
-from deptjax.errors import UserError
+from deptjax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1024  # texts given to the tokenizer at once; fast tokenizers work in parallel over them
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here; it also decodes (`batch_decode`)."""
-
-    eos_token_id: Any
-    pad_token_id: Any
-    batch_decode: Any
-    convert_ids_to_tokens: Any
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,11 +40,12 @@ class Preprocessor:
 
     A source longer than `max_length` tokens is cut (or is an error). What is cut is the end of the text in front of the
     template's suffix: of `"{question}\nType:"` the question, so that the model still reads `Type:`. An
-    encoder-decoder's template without a suffix is cut by tokens, as the usual truncation does. `</s>` and the target
-    are never cut for it.
+    encoder-decoder's template without a suffix is cut by tokens, as the usual truncation does. `</s>`, the target and
+    a mask are never cut for it.
 
     Attributes:
-        task, tokenizer, max_length, max_target_length: as given; `max_target_length` filled in from the task.
+        task, tokenizer, max_length, max_target_length: as given; `max_target_length` filled in from the task, and in
+            the task's template, for a masked backbone, the tokenizer's mask token.
         cut_count: number of sources and free-text targets cut so far.
     """
 
@@ -69,7 +54,7 @@ class Preprocessor:
         tokenizer: Tokenizer,
         task: Task,
         *,
-        causal: bool,
+        form: str,
         max_length: int,
         on_too_long: str = "cut",
         max_target_length: int | None = None,
@@ -80,13 +65,14 @@ class Preprocessor:
         Args:
             tokenizer: a transformers tokenizer.
             task: as returned by `Task.load`; labels that are still None are taken for free text.
-            causal: whether the backbone is causal rather than an encoder-decoder.
+            form: what the backbone is: `causal`, `encoder_decoder` or `masked` (`deptjax.data.forms.form_of`).
             max_length: the most tokens of a source, special tokens included.
             on_too_long: `cut`, which warns once, or `error`.
             max_target_length: the most tokens of a free-text target, the end token included; None for the task's own.
             encoder_tokens: what makes an encoder's tokens of source texts.
 
-        Raises `UserError` for a setting out of range, or a tokenizer without an end token where one is needed.
+        Raises `UserError` for a setting out of range, a tokenizer without the end or mask token that is needed, and a
+        template with `{mask}` where it has no place, or without it where one is to be filled.
         """
         if on_too_long not in ("cut", "error"):
             raise UserError(f"on_too_long='{on_too_long}' must be 'cut' or 'error'")
@@ -94,19 +80,22 @@ class Preprocessor:
             raise UserError(f"max_length={max_length} must be at least 1")
         if max_target_length is not None and max_target_length < 1:
             raise UserError(f"max_target_length={max_target_length} must be at least 1")
-        self.task = task
+        if form not in FORMS:
+            raise UserError(f"form='{form}' must be one of {', '.join(FORMS)}.{nearest(form, FORMS)}")
+        self._form = FORMS[form](tokenizer, task)
+        self.task = self._form.task
         self.cut_count = 0
         self.tokenizer = tokenizer
         self._encoder_tokens = encoder_tokens
-        self._causal = causal
         self.max_length = max_length
         self._on_too_long = on_too_long
         self.max_target_length = max_target_length or task.max_target_length
-        self._suffix = task.input_template.suffix
         self._warned = False
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end token (eos_token); use one that names it")
-        self._eos = int(tokenizer.eos_token_id)
+
+    @property
+    def fills_mask(self) -> bool:
+        """Whether answers are the one token at a mask, so that no text can be written."""
+        return self._form.fills_mask
 
     def encode(self, row: Row) -> Example:
         """Returns the encoded row; raises `UserError` naming it when it is too long and `on_too_long` is `error`."""
@@ -144,21 +133,22 @@ class Preprocessor:
         for start in range(0, len(source_texts), _CHUNK):
             texts = source_texts[start : start + _CHUNK]
             where = [""] * len(texts) if origins is None else origins[start : start + _CHUNK]
-            fitted = (self._fit(*each) for each in zip(texts, self._source_ids(list(texts)), where, strict=True))
+            fitted = (self._fit(*each) for each in zip(texts, self._form.source_ids(list(texts)), where, strict=True))
             found += [np.asarray(ids, np.int32) for _, ids in fitted]
         return found
 
     def continuation_ids(self, source_text: str, continuations: Sequence[str], end: bool = True) -> list[list[int]]:
         """Returns the ids of texts that follow a source text, as targets have them; with `end` the end token as well.
 
-        Raises `UserError` for a continuation without tokens.
+        On a masked backbone they are what may stand at the mask, and nothing ends them. Raises `UserError` for a
+        continuation without tokens, and there for one of several.
         """
-        source, ids = self._fit(source_text, self._source_ids([source_text])[0], "")
-        pieces = self._target_pieces([(source, ids)] * len(continuations), list(continuations))
+        source, ids = self._fit(source_text, self._form.source_ids([source_text])[0], "")
+        pieces = self._form.pieces([(source, ids)] * len(continuations), list(continuations))
         for text, some in zip(continuations, pieces, strict=True):
             if not some:
                 raise UserError(f"the continuation {text!r} has no tokens; give a text")
-        return [[*some, self._eos] if end else some for some in pieces]
+        return [self._form.ended(some) if end or self.fills_mask else some for some in pieces]
 
     def label_tokens(self) -> np.ndarray:
         """Returns the token (C,) int32 of each label, for a loss over the labels alone.
@@ -170,8 +160,8 @@ class Preprocessor:
             if len(pieces) != 1:
                 shown = " ".join(map(str, self.tokenizer.convert_ids_to_tokens(pieces)))
                 raise UserError(
-                    f"task '{self.task.name}': label '{label}' is {len(pieces)} tokens ({shown}), not one; give it a "
-                    "one-token text in verbalizers, or score labels by their likelihood"
+                    f"task '{self.task.name}': label '{label}' is {len(pieces)} tokens ({shown}), not one; "
+                    f"{self._form.not_one_token}"
                 )
             if pieces[0] in tokens:
                 other = self._labels()[tokens.index(pieces[0])]
@@ -211,15 +201,14 @@ class Preprocessor:
 
     def _encode_chunk(self, rows: Sequence[Row]) -> list[Example]:
         texts = [self.task.source_text(row) for row in rows]
-        fitted = [
-            self._fit(*each) for each in zip(texts, self._source_ids(texts), (row.origin for row in rows), strict=True)
-        ]
+        found = zip(texts, self._form.source_ids(texts), (row.origin for row in rows), strict=True)
+        fitted = [self._fit(*each) for each in found]
         if self.task.labels:
             labels = [self.task.label_index(row) for row in rows]
             targets = [self._label_ids[label] for label in labels]
         else:
             labels = [-1] * len(rows)
-            pieces = self._target_pieces(fitted, [self.task.target_text(row) for row in rows])
+            pieces = self._form.pieces(fitted, [self.task.target_text(row) for row in rows])
             targets = [self._fit_target(ids, row.origin) for ids, row in zip(pieces, rows, strict=True)]
         read = [None] * len(rows) if self._encoder_tokens is None else self._encoder_tokens(texts)
         return [
@@ -235,44 +224,25 @@ class Preprocessor:
         row, and the loss over labels needs it to be the same tokens. What counts of the source is how it ends, the
         suffix.
         """
-        stand_in = "x" + self._suffix
-        sources = [(stand_in, ids) for ids in self._source_ids([stand_in])]
-        return self._target_pieces(sources * len(self.task.texts), list(self.task.texts))
+        stand_in = "x" + self.task.input_template.suffix
+        sources = [(stand_in, ids) for ids in self._form.source_ids([stand_in])]
+        return self._form.pieces(sources * len(self.task.texts), list(self.task.texts))
 
     @functools.cached_property
     def _label_ids(self) -> list[list[int]]:
-        """The target of each label. All end with the end token, or, causal and single tokens, none does."""
-        bare = self._causal and self.labels_are_tokens()
-        return [ids if bare else [*ids, self._eos] for ids in self._label_pieces]
-
-    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
-        if not texts:  # of which some tokenizers make an error
-            return []
-        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]]
-
-    def _source_ids(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of source texts, with exactly one end token (encoder-decoder) or none (causal)."""
-        found = []
-        for ids in self._ids([self._tidy(text) for text in texts], special=True):
-            # At least one is kept of a causal text: where the start token is the end token too, it is not an end.
-            while len(ids) > self._causal and ids[-1] == self._eos:
-                ids.pop()
-            found.append(ids if self._causal else [*ids, self._eos])
-        return found
-
-    def _tidy(self, text: str) -> str:
-        """Returns a source text as it is encoded: a causal one without a suffix loses white space at its end.
-
-        Else the first target token, " yes" or "yes", would depend on how a row happens to end.
-        """
-        return text.rstrip() if self._causal and not self._suffix else text
+        """The target of each label. All end alike, as the form has it."""
+        if self.fills_mask:
+            self.label_tokens()  # says which label is not one token
+        single = self.labels_are_tokens()
+        return [self._form.ended(ids, single) for ids in self._label_pieces]
 
     def _fit(self, text: str, ids: list[int], origin: str) -> tuple[str, list[int]]:
         """Returns the source text and its ids, cut to `max_length`."""
         where = f"{origin}: " if origin else ""
-        text = self._tidy(text)
+        text = self._form.tidy(text)
         if not ids:
             raise UserError(f"{where}the source text is empty; give a text")
+        self._form.check(ids, where)
         if len(ids) <= self.max_length:
             return text, ids
         if self._on_too_long == "error":
@@ -281,45 +251,32 @@ class Preprocessor:
                 "max_length, or set on_too_long='cut'"
             )
         self.cut_count += 1
-        suffix = self._suffix if text.endswith(self._suffix) else ""
-        if not self._causal and not suffix:
-            return text, [*ids[: self.max_length - 1], self._eos]
-        head = text[: len(text) - len(suffix)]
+        if (shortened := self._form.shortened(ids, self.max_length, text)) is not None:
+            return text, shortened
+        cuts = self._form.cuts(text)
+        for cut in cuts:
+            if (fitted := self._fitted(cut)) is not None:
+                return fitted
+        raise UserError(
+            f"{where}max_length={self.max_length} leaves no room for text before the end {cuts[-1].behind!r}; raise it"
+        )
+
+    def _fitted(self, cut: Cut) -> tuple[str, list[int]] | None:
+        """Returns the text with as many letters of the head as `max_length` has room for, and its ids, or `None`."""
+        before, head, behind = cut
         low, high = 0, len(head)  # the most letters of the head that fit are in [low, high)
         while high - low > 1:
             middle = (low + high) // 2
-            fits = len(self._source_ids([head[:middle] + suffix])[0]) <= self.max_length
+            fits = len(self._form.source_ids([before + head[:middle] + behind])[0]) <= self.max_length
             low, high = (middle, high) if fits else (low, middle)
         # Fewer letters can be more tokens (a word cut short), so what the search found is checked, and shortened if
-        # need be.
-        for keep in range(low, 0, -1):
-            cut = self._tidy(head[:keep] + suffix)
-            found = self._source_ids([cut])[0]
-            if found and len(found) <= self.max_length:
-                return cut, found
-        raise UserError(
-            f"{where}max_length={self.max_length} leaves no room for text before the end {suffix!r}; raise it"
-        )
-
-    def _target_pieces(self, sources: Sequence[tuple[str, list[int]]], targets: list[str]) -> list[list[int]]:
-        """Returns the ids of the targets behind their sources, without an end token."""
-        if not self._causal:
-            alone = self._ids(targets, special=False)
-            return [ids[:-1] if ids and ids[-1] == self._eos else ids for ids in alone]
-        spaced = [
-            target if not text or text[-1].isspace() or target[:1].isspace() else " " + target
-            for (text, _), target in zip(sources, targets, strict=True)
-        ]
-        joint = self._ids([text + target for (text, _), target in zip(sources, spaced, strict=True)], special=True)
-        alone = self._ids(spaced, special=False)
-        found = []
-        for (_, source), both, single in zip(sources, joint, alone, strict=True):
-            while both and both[-1] == self._eos:
-                both.pop()
-            # Tokens that straddle the border would differ from the source's own: then the target stands alone.
-            behind = both[len(source) :] if both[: len(source)] == source else []
-            found.append(behind or single)
-        return found
+        # need be. Some text is kept.
+        for keep in range(low, -1 if before else 0, -1):
+            text = self._form.tidy(before + head[:keep] + behind)
+            ids = self._form.source_ids([text])[0]
+            if ids and len(ids) <= self.max_length:
+                return text, ids
+        return None
 
     def _fit_target(self, ids: list[int], origin: str) -> list[int]:
         if len(ids) + 1 > self.max_target_length:
@@ -330,4 +287,4 @@ class Preprocessor:
                 )
             self.cut_count += 1
             ids = ids[: self.max_target_length - 1]
-        return [*ids, self._eos]
+        return self._form.ended(ids)

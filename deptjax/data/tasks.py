@@ -70,7 +70,9 @@ class Task:
 
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
-        Template(self.input, f"{where} input template"), Template(self.target, f"{where} target template")
+        Template(self.input, f"{where} input template")
+        if Template(self.target, f"{where} target template").masks:
+            raise UserError(f"{where}: {{mask}} has its place in the input template, not in the target; leave it out")
         if self.group is not None:
             Template(self.group, f"{where} group template")
         if isinstance(self.labels, str) or isinstance(self.metrics, str):

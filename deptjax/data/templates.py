@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from deptjax.errors import UserError, nearest
 
+MASK = "mask"  # the placeholder of the place that a masked model fills
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -43,10 +45,13 @@ def as_text(value: object) -> str | None:
 class Template:
     r"""A text with `{column}` placeholders; `{{` and `}}` stand for braces.
 
+    `{mask}` is no column but the place that a masked model fills; it is rendered as it stands until `with_mask`.
+
     Attributes:
         text: the template as written.
         columns: the columns it names, in order of first use, at least one.
-        suffix: the fixed text behind the last placeholder, which cutting a long source must not lose.
+        suffix: the fixed text behind the last column, which cutting a long source must not lose.
+        masks: how often it has `{mask}`.
 
     Raises `UserError` when the text names no column, or is not a template.
 
@@ -58,22 +63,46 @@ class Template:
     def __init__(self, text: str, field: str = "template"):
         self.text = text
         self._field = field
-        self._parts: list[tuple[str, str | None]] = []  # (fixed text, column behind it or None)
+        self._parts: list[
+            tuple[str, str | None]
+        ] = []  # (fixed text, what stands behind it: a column, MASK, or None at the end)
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
             raise UserError(
                 f"{field} {text!r} is not a template: {error}; write {{{{ and }}}} for plain braces"
             ) from None
+        end = ""
         for fixed, column, spec, conversion in parsed:
             if column is not None and (column == "" or spec or conversion):
                 raise UserError(f"{field} {text!r}: a placeholder must be a bare column name such as {{text}}")
-            self._parts.append((fixed, column))
-        self.columns: tuple[str, ...] = tuple(dict.fromkeys(c for _, c in self._parts if c is not None))
+            end += fixed
+            if column is not None:
+                self._parts.append((end, column))
+                end = ""
+        self._parts.append((end, None))
+        names = [column for _, column in self._parts if column is not None]
+        self.masks = names.count(MASK)
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys(name for name in names if name != MASK))
         if not self.columns:
             raise UserError(f"{field} {text!r} names no column; write the column's name in braces, such as {{text}}")
-        last_fixed, last_column = self._parts[-1]
-        self.suffix: str = last_fixed if last_column is None else ""
+        last = max(i for i, (_, column) in enumerate(self._parts) if column not in (MASK, None))
+        self.suffix: str = "".join(map(_fixed, self._parts[last + 1 :]))
+
+    @property
+    def around_mask(self) -> tuple[str, str]:
+        """The fixed texts in front of the first `{mask}` and behind it, up to the next placeholder each."""
+        place = [column for _, column in self._parts].index(MASK)
+        return self._parts[place][0], self._parts[place + 1][0]
+
+    def with_mask(self, token: str) -> str:
+        """Returns the text of the template with a token's text in the place of `{mask}`.
+
+        >>> Template("{a} is {mask}").with_mask("<mask>")
+        '{a} is <mask>'
+        """
+        written = {None: "", MASK: _escaped(token)}
+        return "".join(_escaped(fixed) + written.get(column, f"{{{column}}}") for fixed, column in self._parts)
 
     def render(self, row: Row) -> str:
         """Returns the template filled from `row`.
@@ -110,4 +139,16 @@ class Template:
                 if len(texts) == 1
                 else f"{where}the texts of columns {listed} are all empty; fill one or remove the row"
             )
-        return "".join(fixed + (texts[column] if column is not None else "") for fixed, column in self._parts)
+        return "".join(
+            fixed + texts[column] if column in texts else _fixed((fixed, column)) for fixed, column in self._parts
+        )
+
+
+def _fixed(part: tuple[str, str | None]) -> str:
+    """Returns the text of a part without a column."""
+    fixed, column = part
+    return fixed if column is None else f"{fixed}{{{MASK}}}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from deptjax.data.forms import WRITES_NO_TEXT
 from deptjax.data.preprocess import Preprocessor
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
@@ -69,6 +70,12 @@ class Answer:
         return not any(map(math.isnan, scores))
 
 
+def check_mode(preprocessor: Preprocessor, mode: str) -> None:
+    """Raises `UserError` for the mode `generate` where the backbone writes no text."""
+    if mode == "generate" and preprocessor.fills_mask:
+        raise UserError(f"evaluation 'generate': {WRITES_NO_TEXT}; use 'labels', or another backbone")
+
+
 class Reader:
     """How the answers of one task are read.
 
@@ -83,6 +90,7 @@ class Reader:
     """
 
     def __init__(self, preprocessor: Preprocessor, mode: str = "auto") -> None:
+        check_mode(preprocessor, mode)
         task = preprocessor.task
         if mode == "labels" and not task.labels:
             raise UserError(f"evaluation 'labels' needs labels, and task '{task.name}' has none; use 'generate'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from deptjax.data.forms import form_of
 from deptjax.data.preprocess import Preprocessor
 from deptjax.data.tasks import Task
 from deptjax.data.templates import Row
@@ -108,5 +109,5 @@ def preprocessor_of(backbone: Backbone, prompt: Prompt, on_too_long: str = "cut"
         raise
     except (TypeError, ValueError, AttributeError) as error:  # fields of a card that somebody edited
         raise UserError(f"its task was not written by deptjax, or is damaged: {error}") from None
-    causal = not backbone.config.is_encoder_decoder
-    return Preprocessor(backbone.tokenizer, task, causal=causal, max_length=length, on_too_long=on_too_long)
+    form = form_of(backbone.config)
+    return Preprocessor(backbone.tokenizer, task, form=form, max_length=length, on_too_long=on_too_long)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.data.buckets import bucket_of
+from deptjax.data.forms import WRITES_NO_TEXT
 from deptjax.data.pipeline import collate
 from deptjax.data.preprocess import Example
 from deptjax.data.tasks import Task, get_task
@@ -81,6 +82,8 @@ class Predictor:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
         self._backbone, self._batch_size, self._decoding = backbone, batch_size, _decoding(decoding)
+        if decoding is not None and backbone.config.is_masked:
+            raise UserError(f"decoding: {WRITES_NO_TEXT}; leave it out, or take another backbone")
         self._tokenizing = threading.Lock()  # tokenizers are not made to be called by two threads at once
         self._served = ServedTasks(backbone, on_too_long, self._tokenizing, encoder)
         if not isinstance(prompts, Mapping):
@@ -298,9 +301,10 @@ class Predictor:
 
     def _check_context(self, requests: Sequence[_Request], new_tokens: Sequence[int]) -> None:
         """Raises `UserError` for a text that leaves the backbone no positions for so many new tokens."""
-        context = self._backbone.config.context
+        context, is_masked = self._backbone.config.context, self._backbone.config.is_masked
         for request, new in zip(requests, new_tokens, strict=True):
             prompt, text = request.served.method.positions_in_front(), len(request.example.source)
+            new = 0 if is_masked else new  # what fills a mask takes no position of its own
             if context is not None and prompt + text + new > context:
                 raise UserError(
                     f"text {request.place + 1}: {prompt} prompt vectors, {text} tokens of text and {new} new ones are "

@@ -50,6 +50,7 @@ def load_prompt(path: str | os.PathLike[str], backbone: Backbone, task: Task | s
         if not (path / CONFIG).exists() and not (path / CONFIG).is_symlink():
             inner = path / "prompt" if (path / "prompt" / CARD).exists() else "the folder that does"
             raise UserError(f"{path} is no prompt: it holds neither {CARD} nor {CONFIG}; name {inner}")
+        _check_kind(backbone, str(path))
         adapter = read_peft(path, backbone)
     elif path.exists():
         adapter = read_bare(path, backbone)
@@ -78,6 +79,7 @@ def export_prompt(
         raise UserError(f"format '{format}' is not one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     prompt.check_backbone(backbone)
     if format in _FOLDERS:
+        _check_kind(backbone, f"format '{format}'")
         _check_folder(path, overwrite)
         _write_folder(path, _FOLDERS[format](prompt.method_config, prompt.trainable, backbone))
         return path
@@ -86,6 +88,15 @@ def export_prompt(
     check_free(path, overwrite)
     write_file(path, bare_bytes(prompt.method_config, prompt.trainable, path.suffix))
     return path
+
+
+def _check_kind(backbone: Backbone, where: str) -> None:
+    """Raises `UserError` for a backbone of which the formats of other libraries are not known here."""
+    if backbone.config.is_masked:
+        raise UserError(
+            f"{where}: adapters of masked backbones are not implemented, and '{backbone.name}' is one; use this"
+            " library's own folder, or npz, safetensors or npy"
+        )
 
 
 def _own(path: Path, backbone: Backbone, task: Task | None) -> Prompt:

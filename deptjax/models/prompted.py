@@ -58,7 +58,11 @@ def left_aligned(tokens: Tokens, mask: Array) -> tuple[Array, Array]:
 
 
 def check_context(backbone: Backbone, method: Method, source_length: int, target_length: int) -> None:
-    """Raises `UserError` when prompt, source and targets do not fit the positions that a causal backbone has."""
+    """Raises `UserError` when prompt, source and targets do not fit the positions that a backbone has.
+
+    What fills a mask takes no position of its own.
+    """
+    target_length = 0 if backbone.config.is_masked else target_length
     context, prompt_length = backbone.config.context, method.positions_in_front()
     total = prompt_length + source_length + target_length
     if context is not None and total > context:

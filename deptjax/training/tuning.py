@@ -15,11 +15,13 @@ import numpy as np
 import optax
 
 from deptjax.data.buckets import choose_buckets
+from deptjax.data.forms import form_of
 from deptjax.data.pipeline import train_batches
 from deptjax.data.preprocess import Example, Preprocessor
 from deptjax.data.tasks import Task, TaskData
 from deptjax.data.templates import Row
 from deptjax.errors import UserError
+from deptjax.inference.answers import check_mode
 from deptjax.inference.evaluator import Evaluator
 from deptjax.inference.text_encoder import TextEncoder, encoder_of
 from deptjax.methods.base import Method, method_to_config
@@ -255,14 +257,16 @@ def make_preprocessor(
     length = config.max_length or limit or DEFAULT_MAX_LENGTH
     if limit is not None and length > limit:
         raise UserError(f"max_length {length} is more than the {limit} of the method; raise the method's max_length")
-    return Preprocessor(
+    preprocessor = Preprocessor(
         backbone.tokenizer,
         task,
-        causal=not backbone.config.is_encoder_decoder,
+        form=form_of(backbone.config),
         max_length=length,
         on_too_long=config.on_too_long,
         encoder_tokens=None if encoder is None else encoder.tokens,
     )
+    check_mode(preprocessor, config.evaluation)
+    return preprocessor
 
 
 def padded_labels(label_tokens: Sequence[Array]) -> tuple[Array, Array]:

@@ -27,7 +27,8 @@ def row(text="is it", label="yes"):
 
 def make(tokenizer, causal, labels=("yes", "no"), max_length=64, **options):
     given = task(labels, **{k: options.pop(k) for k in ("input", "verbalizers") if k in options})
-    return Preprocessor(tokenizer, given, causal=causal, max_length=max_length, **options)
+    form = "causal" if causal else "encoder_decoder"
+    return Preprocessor(tokenizer, given, form=form, max_length=max_length, **options)
 
 
 def test_causal_label(causal_tokenizer):

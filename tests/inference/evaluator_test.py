@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deptjax.data.forms import form_of
 from deptjax.data.preprocess import Preprocessor
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
@@ -21,8 +22,8 @@ LENGTH = 20
 def evaluator(family: str, task: Task = TASK, **fields: Any) -> tuple[Evaluator, list[Any], Any]:
     case = case_of(family, "prompt_tuning")
     data = task.load()
-    causal = not case.backbone.config.is_encoder_decoder
-    preprocessor = Preprocessor(case.backbone.tokenizer, data.task, causal=causal, max_length=LENGTH)
+    form = form_of(case.backbone.config)
+    preprocessor = Preprocessor(case.backbone.tokenizer, data.task, form=form, max_length=LENGTH)
     made = Evaluator(case.model, preprocessor, **{"buckets": (8, LENGTH), "batch_size": 3, **fields})
     return made, preprocessor.encode_all(data.dev), case
 
