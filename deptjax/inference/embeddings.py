@@ -46,7 +46,8 @@ def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], I
     """
     where, usable = usable_prompt(backbone, prompt, "prompt")
     sites, method = usable.method.sites(), usable.method
-    if sites.input is None or sites.linear or sites.attention or sites.residual or method.tunes_backbone:
+    inner = sites.linear or sites.attention or sites.residual or sites.stream
+    if sites.input is None or inner or method.tunes_backbone:
         raise UserError(
             f"method '{method.kind}' acts inside the backbone, not on its input alone, so no embeddings can stand for "
             "it; use a prompt of dept or prompt_tuning"

@@ -9,6 +9,7 @@ from deptjax.methods.base import (
     Method,
     ResidualSite,
     Sites,
+    StreamSite,
     Vocabulary,
     method_class,
     method_from_config,
@@ -16,6 +17,7 @@ from deptjax.methods.base import (
     method_to_config,
     register_method,
 )
+from deptjax.methods.deep_prompt_tuning import DeepPromptTuning
 from deptjax.methods.dept import DePT, dept_offset, rank_for_budget
 from deptjax.methods.dpt import DPT, dpt_prompt
 from deptjax.methods.full import FullFineTuning
@@ -38,6 +40,7 @@ __all__ = [
     "ADePT",
     "AttentionSite",
     "DePT",
+    "DeepPromptTuning",
     "FullFineTuning",
     "LinearSite",
     "LoPA",
@@ -49,6 +52,7 @@ __all__ = [
     "ResidualPromptTuning",
     "ResidualSite",
     "Sites",
+    "StreamSite",
     "Vocabulary",
     "ZeroShot",
     "adept_offset",

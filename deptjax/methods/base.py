@@ -8,6 +8,7 @@ A *site* is a named place in a backbone where a method may act:
 | `linear`    | beside a projection                     | `module(x, y) -> y`, where `y = x @ kernel`                |
 | `attention` | beside the keys and values of a layer   | `module() -> (keys, values)`, each (P, K, H)               |
 | `residual`  | after a sub-layer, before the sum       | `module(y) -> y`                                           |
+| `stream`    | where a prompt enters a block           | `module(x) -> x`, `x` (M, D), or (B, M, D) of each row     |
 
 A method says in `sites()` which of them it fills and with which small Linen module; a backbone calls whatever fills
 a site and knows nothing else. Sites are named by a path without the layer's number (`attention/query`,
@@ -61,6 +62,14 @@ class ResidualSite:
     width: int
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamSite:
+    """The prompt's part of the stream, where a block begins: `path` names the stack (`prompt`); it is `width` wide."""
+
+    path: str
+    width: int
+
+
 class Texts(NamedTuple):
     """What the input site is told of the texts whose embeddings it is given.
 
@@ -109,7 +118,7 @@ class InputModule(Protocol):
 class Sites:
     """What fills each site; `None` leaves the site empty, which costs nothing.
 
-    `input` is an unbound Linen module. The other three are functions of the site that return a Linen module built
+    `input` is an unbound Linen module. The others are functions of the site that return a Linen module built
     with the given `name`, or `None` to leave that one empty.
     """
 
@@ -117,6 +126,7 @@ class Sites:
     linear: Callable[[LinearSite, str], nn.Module | None] | None = None
     attention: Callable[[AttentionSite, str], nn.Module | None] | None = None
     residual: Callable[[ResidualSite, str], nn.Module | None] | None = None
+    stream: Callable[[StreamSite, str], nn.Module | None] | None = None
 
 
 NO_SITES = Sites()
@@ -134,7 +144,7 @@ def input_parameters(method: Method, key: Key, width: int) -> Tree:
     """Returns the parameters of what fills the input site for embeddings of a width, as Linen makes them."""
     fill, embeds, encoded = method.sites().input, jnp.zeros((1, 1, width)), method.encoding_width()
     texts = Texts.whole(embeds, None if encoded is None else jnp.zeros((1, encoded)))
-    return {} if fill is None else fill.init(key, embeds, texts, method="streams")["params"]
+    return {} if fill is None else fill.init(key, embeds, texts, method="streams").get("params", {})
 
 
 class Method:

@@ -118,13 +118,15 @@ class Front(NamedTuple):
 class Context:
     """What is the same for all layers: which keys count, and whether there is dropout.
 
-    A tree of arrays, in which `deterministic` is static. `mask` (B, S) is true on keys that count, and these come
-    first; what hides a prompt's padding, in front, is the `bias` (1, 1, 1, S), if any.
+    A tree of arrays, in which `deterministic` is static, and how many leading columns of the stream are a prompt.
+    `mask` (B, S) is true on keys that count, and these come first; what hides a prompt's padding, in front, is the
+    `bias` (1, 1, 1, S), if any.
     """
 
     mask: Bool[Array, "B S"]
     bias: Array | None
     deterministic: bool = struct.field(pytree_node=False, default=True)
+    prompt_columns: int = struct.field(pytree_node=False, default=0)
 
 
 class Attention(nn.Module):
@@ -159,7 +161,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], None]:
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
-        x = split_rows(x)
+        x, _ = layers.fill_stream(self.sites, "prompt", split_rows(x), None, context.prompt_columns)
         y = Attention(c, self.sites, name="attention")(x, context)
         y = drop(layers.residual_fill(self.sites, "attention", c.width)(y))
         x = layers.LayerNorm(c.norm_eps, name="post_attention_norm")(x + y)
@@ -351,7 +353,7 @@ class Bert(nn.Module):
         first = self.config.position_offset - (0 if prompt_length is None else count - prompt_length)
         x = x + self.position_embedder(first + jnp.arange(x.shape[1]), x.dtype)[None]
         x = self.embedding_norm(x + self.type_embedder(jnp.zeros((1, 1), jnp.int32)))
-        x, context = self.dropout(x, deterministic=deterministic), Context(mask, bias, deterministic)
+        x, context = self.dropout(x, deterministic=deterministic), Context(mask, bias, deterministic, count)
         if self.config.scan_layers:
             return self.layers(x, context)[0]
         for block in self.layers:

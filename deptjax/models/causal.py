@@ -88,7 +88,8 @@ class Cache(NamedTuple):
 class Context:
     """What is the same for all layers: the angles of each stream, if any, the biases, the step when decoding.
 
-    A tree of arrays, in which `deterministic` is static. Without a `bias` the stream is causal.
+    A tree of arrays, in which `deterministic` is static, and how many leading columns of the stream are a prompt.
+    Without a `bias` the stream is causal.
     """
 
     rope: Rope | None
@@ -98,6 +99,7 @@ class Context:
     source_bias: Array | None = None
     step: Array | int = 0
     deterministic: bool = struct.field(pytree_node=False, default=True)
+    prompt_columns: int = struct.field(pytree_node=False, default=0)
 
 
 class Attention(nn.Module):
@@ -166,7 +168,7 @@ class Block(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
         norm = self.norm(c.norm_eps, name="pre_attention_norm")
-        x, prompt = split_rows(streams[0]), streams[1]
+        x, prompt = layers.fill_stream(self.sites, "prompt", split_rows(streams[0]), streams[1], context.prompt_columns)
         mixed, mixed_prompt, kv = Attention(c, self.sites, self.biases, name="attention")(
             norm(x), None if prompt is None else norm(prompt), context, past
         )
@@ -272,7 +274,7 @@ class CausalModel(nn.Module):
         hidden = front_bias(count, length)
         positions = jnp.arange(count) - (0 if length is None else count - length)
         prompt, rope = self.placed(prompt, positions)
-        context = Context(rope, None if hidden is None else causal_bias(count) + hidden)
+        context = Context(rope, None if hidden is None else causal_bias(count) + hidden, prompt_columns=count)
         _, kvs = self._blocks((prompt[None], None), context, None)
         axis = 1 if self.config.scan_layers else 0  # of the one row
         return Front(jax.tree.map(lambda a: jnp.squeeze(a, axis), kvs), length)
@@ -370,7 +372,7 @@ class CausalModel(nn.Module):
             x, offset, prompt = jnp.concatenate([prompt, x], axis=1), prompt.shape[1], None
         shared = 0 if prompt is None else prompt.shape[0]
         x, rope = self.placed(x, shared + jnp.arange(x.shape[1]), deterministic)
-        context = Context(rope, deterministic=deterministic)
+        context = Context(rope, deterministic=deterministic, prompt_columns=offset)
         if prompt is not None:
             prompt, rope = self.placed(prompt, jnp.arange(shared), deterministic)
             context = dataclasses.replace(context, prompt_rope=rope)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites
+from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites, StreamSite
 from deptjax.models.attention import KV, Segment, heads_in_front
 from deptjax.quantization import with_kernel
 from deptjax.typing import Array, Float, Int
@@ -167,3 +167,20 @@ def residual_fill(sites: Sites, path: str, width: int) -> Callable[[Array], Arra
     """Returns what fills the `residual` site after a sub-layer, or the identity. To be called in a compact method."""
     fill = sites.residual and sites.residual(ResidualSite(path, width), f"{path.split('/')[-1]}_{SITE}")
     return fill or (lambda y: y)
+
+
+def fill_stream(sites: Sites, path: str, x: Array, prompt: Array | None, columns: int) -> tuple[Array, Array | None]:
+    """Returns a block's streams with what fills the `stream` site done to the prompt. To be called in a compact method.
+
+    The prompt is a stream of its own, (M, D), or the first `columns` of `x` (B, S, D), or there is none.
+    """
+    fill = sites.stream and sites.stream(StreamSite(path, x.shape[-1]), f"prompt_{SITE}")
+    if not fill:
+        return x, prompt
+    if prompt is not None:
+        return x, fill(prompt)
+    if columns:
+        return jnp.concatenate([fill(x[:, :columns]), x[:, columns:]], axis=1), None
+    if fill.is_initializing():
+        fill(x[0, :1])  # a prompt will come: its parameters are made here
+    return x, None

@@ -168,8 +168,8 @@ class PromptedModel:
     def _parameters(self, input_key: Key, inner_key: Key, width: int) -> Tree:
         """Returns the parameters of what fills the sites, as Linen makes them."""
         trainable: dict[str, Any] = {}
-        if self.method.sites().input is not None:
-            trainable["input"] = input_parameters(self.method, input_key, width)
+        if own := input_parameters(self.method, input_key, width):
+            trainable["input"] = own
         inner = jax.jit(self._init_sites)(inner_key)  # under jit, what is not returned is not computed
         return {**trainable, "backbone": inner} if inner else trainable
 
@@ -213,7 +213,7 @@ class PromptedModel:
             return None
         nothing = self._apply(self._variables(trainable, frozen), jnp.zeros((1, 0), jnp.int32), method="embed")
         none = Texts(jnp.zeros((1, 0), bool))
-        prompt, _ = fill.apply({"params": trainable["input"]}, nothing, none, method="streams")
+        prompt, _ = fill.apply({"params": trainable.get("input", {})}, nothing, none, method="streams")
         if prompt is None:
             return None
         return self._apply(self._variables(trainable, frozen), prompt, length, method="front")
@@ -279,7 +279,8 @@ class PromptedModel:
             return embeds, mask, None, ids
         rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, 1)}
         texts = Texts(mask, None, encoding)
-        prompt, embeds = fill.apply({"params": trainable["input"]}, embeds, texts, method="streams", rngs=rngs)
+        params = trainable.get("input", {})  # a prompt without any has all that is trained deeper inside
+        prompt, embeds = fill.apply({"params": params}, embeds, texts, method="streams", rngs=rngs)
         if prompt is not None and prompt.ndim == 2 and not self.share_prompt:
             prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
         return embeds, mask, prompt, ids

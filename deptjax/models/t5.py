@@ -130,7 +130,8 @@ class Cache(NamedTuple):
 
 @struct.dataclass
 class Context:
-    """What is the same for all layers of a stack: a tree of arrays, in which `deterministic` is static.
+    """What is the same for all layers of a stack: a tree of arrays, in which `deterministic` is static, and how many
+    leading columns of the stream are a prompt.
 
     The encoder has the position bias (1, N, T, S) and what counts of its stream: two arrays and not their sum, which
     would be B times as large. The decoder, with the position bias, is causal when `step` is `None`; else its bias also
@@ -140,6 +141,7 @@ class Context:
     position_bias: Array
     seen: Seen
     deterministic: bool = struct.field(pytree_node=False)
+    prompt_columns: int = struct.field(pytree_node=False, default=0)
     source: Any = None
     step: Array | int | None = None
 
@@ -221,7 +223,7 @@ class EncoderLayer(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
 
-        x = split_rows(x)
+        x, _ = layers.fill_stream(self.sites, "encoder/prompt", split_rows(x), None, context.prompt_columns)
         y = layers.RMSNorm(c.norm_eps, name="pre_attention_layer_norm")(x)
         attention = Attention(c, "encoder/attention", self.sites, name="attention")
         bias, (mask, hidden) = context.position_bias, context.seen
@@ -297,10 +299,12 @@ class Encoder(nn.Module):
         self.encoder_norm = layers.RMSNorm(c.norm_eps)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def __call__(self, x: Float[Array, "B T D"], seen: Seen, deterministic: bool) -> Float[Array, "B T D"]:
-        """Returns the states after the final norm."""
+    def __call__(
+        self, x: Float[Array, "B T D"], seen: Seen, deterministic: bool, prompt_columns: int = 0
+    ) -> Float[Array, "B T D"]:
+        """Returns the states after the final norm; the first `prompt_columns` are of a prompt."""
         positions = jnp.arange(x.shape[1])
-        context = Context(self.relpos_bias(positions, positions), seen, deterministic)
+        context = Context(self.relpos_bias(positions, positions), seen, deterministic, prompt_columns)
         x = self.dropout(x, deterministic=deterministic)
         if self.config.scan_layers:
             x, _ = self.layers(x, context)
@@ -349,7 +353,7 @@ class Decoder(nn.Module):
         bias = self.relpos_bias(step + jnp.arange(length), jnp.arange(slots))
         if caches is not None:
             bias = bias + step_bias(length, slots, step)
-        context = Context(bias, seen, deterministic, source, None if caches is None else step)
+        context = Context(bias, seen, deterministic, source=source, step=None if caches is None else step)
         x = self.dropout(x, deterministic=deterministic)
         if self.config.scan_layers:
             x, kvs = self.layers(x, context, caches)
@@ -489,4 +493,4 @@ class T5(nn.Module):
             if hidden is not None:
                 hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, 0), (0, length)))
             seen = Seen(jnp.pad(source_mask, ((0, 0), (count, 0)), constant_values=True), hidden)
-        return self.encoder(source, seen, deterministic), seen
+        return self.encoder(source, seen, deterministic, 0 if prompt is None else prompt.shape[-2]), seen

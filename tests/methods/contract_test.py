@@ -18,7 +18,7 @@ from tests.cases import METHODS, PROMPT_METHODS, Case, backbone_of, batch_of, ca
 CASES = [(b, m, scan) for b in ("llama", "t5") for m in METHODS for scan in (False, True)]
 # What a family adds to the others' blocks is in its own tests; here, each of its sites once.
 # A prompt that comes about in another way is to a backbone what any prompt is.
-CASES += [("llama", m, False) for m in PROMPT_METHODS] + [("t5", "adept", True)]
+CASES += [("llama", m, False) for m in PROMPT_METHODS] + [("t5", "adept", True), ("t5", "deep_prompt_tuning", True)]
 CASES += [("gpt2", "dept", True), ("gpt2", "lora", False), ("gpt2", "full", False)]
 CASES += [("llama", "lopa", False), ("t5", "lopa", True), ("llama", "idpg", True), ("llama", "attempt", False)]
 CASES += [("bert", m, m in ("dept", "prefix_tuning")) for m in METHODS]
@@ -68,7 +68,7 @@ def first_prompt(case: Case) -> jax.Array | None:
     if fill is None or case.model.method.by_instance:
         return None
     embeds = jnp.zeros((1, 0, case.backbone.width))
-    prompt, _ = fill.apply({"params": case.trainable["input"]}, embeds, Texts.whole(embeds), method="streams")
+    prompt, _ = fill.apply({"params": case.trainable.get("input", {})}, embeds, Texts.whole(embeds), method="streams")
     return jnp.asarray(prompt)
 
 
