@@ -81,7 +81,7 @@ EXTRAS = {
 setup(
     name="deptjax",
     version=match.group(1),
-    description="Prompt tuning (DePT, prompt tuning, LoRA) of frozen T5, LLaMA and GPT-2-family models in JAX",
+    description="Prompt tuning (DePT, prompt tuning, LoRA) of frozen T5, LLaMA, GPT-2 and BERT-family models in JAX",
     long_description=read("README.md"),
     long_description_content_type="text/markdown",
     author="The deptjax authors",

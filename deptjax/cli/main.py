@@ -27,7 +27,8 @@ def usage() -> str:
     """Returns the text of `deptjax --help`."""
     told = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     return (
-        "usage: deptjax COMMAND [FLAGS]\n\nTunes prompts for frozen T5, LLaMA and GPT-2-family models.\n\ncommands:\n"
+        "usage: deptjax COMMAND [FLAGS]\n\nTunes prompts for frozen T5, LLaMA, GPT-2 and BERT-family models.\n\n"
+        "commands:\n"
         f"{told}\n\n  --version  say which version this is\n"
         "  --help     this text; deptjax COMMAND --help tells the flags"
     )

@@ -53,7 +53,8 @@ def load_backbone(
 
     Args:
       name_or_path: a folder with config.json and safetensors, a `.gguf` file, a T5X checkpoint (`.../checkpoint_N`,
-        local or `gs://bucket/...`), `packaged:smollm2-135m-instruct`, or the name of a model on the Hugging Face hub.
+        local or `gs://bucket/...`), `packaged:smollm2-135m-instruct` or `packaged:all-minilm-l6-v2`, or the name of a
+        model on the Hugging Face hub.
       dtype: of the parameters and of the computation, `float32` or `bfloat16`.
       quantize: `int8`, `int4` or `nf4` keeps the kernels of projections in so many bits; the computation stays in
         `dtype`. They are quantised one by one, from float32, as they are read (`deptjax.quantization`).

@@ -8,9 +8,11 @@ checkpoint: whether a model fits a device, what a method's parameters are on it.
 
 T5 1.1, its LM-adapted form and Flan-T5 have one shape; their heads are not tied to the embedding, T5 1.0's are.
 Sources: Raffel et al. 2020 (arXiv 1910.10683) and T5's released configs; Xue et al. 2021 (arXiv 2010.11934) for mT5;
-Xue et al. 2022 (arXiv 2105.13626, table 1) for ByT5; Radford et al. 2019 for GPT-2; Touvron et al. 2023 (arXiv
-2307.09288) and Grattafiori et al. 2024 (arXiv 2407.21783) for Llama 2 and 3; the model cards of SmolLM2 (arXiv
-2502.02737). Vocabularies are those of the released files, padded for the hardware they were trained on.
+Xue et al. 2022 (arXiv 2105.13626, table 1) for ByT5; Devlin et al. 2019 (arXiv 1810.04805) for BERT and Liu et al. 2019
+(arXiv 1907.11692) for RoBERTa, the first with its pooling layer and both with the head that fills masks; Radford et al.
+2019 for GPT-2; Touvron et al. 2023 (arXiv 2307.09288) and Grattafiori et al. 2024 (arXiv 2407.21783) for Llama 2 and 3;
+the model cards of SmolLM2 (arXiv 2502.02737). Vocabularies are those of the released files, padded for the hardware
+they were trained on.
 """
 
 from __future__ import annotations
@@ -49,6 +51,11 @@ def _gpt2(width: int, layers: int, heads: int) -> GPT2Config:
     return GPT2Config(vocab_size=50257, width=width, num_layers=layers, num_heads=heads, mlp_dim=4 * width)
 
 
+def _bert(width: int, layers: int, heads: int, **fields: Any) -> BertConfig:
+    shape = {"vocab_size": 30522, "mlp_dim": 4 * width, **fields}
+    return BertConfig(width=width, num_layers=layers, num_heads=heads, **shape)
+
+
 def _llama(width: int, mlp_dim: int, layers: int, heads: int, kv_heads: int, **fields: Any) -> LlamaConfig:
     return LlamaConfig(
         width=width,
@@ -62,6 +69,13 @@ def _llama(width: int, mlp_dim: int, layers: int, heads: int, kv_heads: int, **f
     )
 
 
+_ROBERTA: dict[str, Any] = {
+    "vocab_size": 50265,
+    "position_offset": 2,
+    "token_types": 1,
+    "norm_eps": 1e-5,
+    "has_pooler": False,
+}
 _LLAMA2: dict[str, Any] = {"vocab_size": 32000, "max_positions": 4096}
 _SMOLLM2: dict[str, Any] = {"vocab_size": 49152, "max_positions": 8192, "tied": True}
 _T5_1_1 = {
@@ -85,6 +99,11 @@ SIZES: dict[str, Config] = {
     "byt5-large": _byt5(1536, 3840, 36, 12, 16),
     "byt5-xl": _byt5(2560, 6720, 36, 12, 32),
     "byt5-xxl": _byt5(4672, 12352, 36, 12, 64),
+    "bert-base": _bert(768, 12, 12),
+    "bert-large": _bert(1024, 24, 16),
+    "roberta-base": _bert(768, 12, 12, **_ROBERTA),
+    "roberta-large": _bert(1024, 24, 16, **_ROBERTA),
+    "all-minilm-l6-v2": _bert(384, 6, 12, has_masked_head=False),
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),

@@ -31,6 +31,13 @@ PUBLISHED = {
     "mt5-base": 582_401_280,
     "byt5-small": 299_637_760,
     "byt5-base": 581_653_248,
+    # torch's `num_parameters` of BertForPreTraining, less the 2 D + 2 of its head that tells the next sentence, of
+    # RobertaForMaskedLM, and of BertModel.
+    "bert-base": 110_106_428 - 1_538,
+    "bert-large": 336_226_108 - 2_050,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
+    "all-minilm-l6-v2": 22_713_216,
     # GPT-2: KerasHub's presets and the safetensors headers; OpenAI's own 117M .. 1542M were corrected by them later.
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
