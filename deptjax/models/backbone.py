@@ -26,9 +26,9 @@ _ROWS = 4096  # rows of the embedding table looked at together
 class Backbone:
     """A frozen model.
 
-    `name` is what it was loaded from, `config` a `T5Config`, `LlamaConfig`, `GPT2Config` or `BertConfig`, `params` its parameter tree
-    (ARCHITECTURE.md has the paths and shapes), `tokenizer` a transformers tokenizer, `placement` the devices that the
-    parameters lie on; without one they are where the default device is.
+    `name` is what it was loaded from, `config` a `T5Config`, `LlamaConfig`, `GPT2Config` or `BertConfig`, `params` its
+    parameter tree (ARCHITECTURE.md has the paths and shapes), `tokenizer` a transformers tokenizer, `placement` the
+    devices that the parameters lie on; without one they are where the default device is.
     """
 
     name: str
