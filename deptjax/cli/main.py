@@ -16,6 +16,7 @@ COMMANDS = {
     "search": "tune many prompts of one method at once: learning rates, seeds, tasks; keep the best",
     "evaluate": "score a tuned prompt on a split of a task",
     "suite": "tune several methods on several tasks with several seeds, and report on them",
+    "methods": "list the methods: paper, site, formula, and the parameters each trains on a backbone",
     "plan": "say what a training step takes of chips that need not be there: memory, FLOPs, collectives, time",
     "predict": "answer texts with a tuned prompt",
     "export": "write a tuned prompt for HF peft, DePT's authors' code, numpy, or a server that takes embeddings",

@@ -41,7 +41,8 @@ def _plan(words: list[str]) -> int:
     parser = _parser()
     options, _ = parser.parse(words)
     methods = _methods(flags.given_by_flags(options, parser), options.get("compare"))
-    name, config = _model(flags.required(options, "model", "a size, such as llama2-7b, or a folder with config.json"))
+    model = flags.required(options, "model", "a size, such as llama2-7b, or a folder with config.json")
+    name, config = model_config(model)
     rows = Rows(
         flags.whole(options, "batch", DEFAULT_BATCH),
         flags.whole(options, "length", DEFAULT_LENGTH),
@@ -127,7 +128,7 @@ def _methods(given: Any, compared: str | None) -> list[Any]:
     return methods
 
 
-def _model(told: str) -> tuple[str, Any]:
+def model_config(told: str) -> tuple[str, Any]:
     """Returns the name and the config of a published size, or of a folder."""
     from deptjax.errors import UserError, nearest
     from deptjax.interop.huggingface import read_config

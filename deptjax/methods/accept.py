@@ -75,6 +75,7 @@ class ACCEPT(InputMethod):
         "EMNLP Findings 2024, arXiv 2410.12847"
     )
     formula = "M (D / t) r + r D + X (D / u) q + q D"
+    free_size = "prompt_codewords"
     letters = {
         "M": "prompt_length",
         "t": "prompt_part",

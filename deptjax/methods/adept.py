@@ -68,6 +68,7 @@ class ADePT(InputMethod):
     kind = "adept"
     paper = "Tang et al., ADePT: Adaptive Decomposed Prompt Tuning, ICLR 2025, arXiv 2501.03291"
     formula = "M D + 2 D R + R + D"
+    free_size = "rank"
     letters = {"M": "prompt_length", "R": "rank"}
     sizes = ("prompt_length", "rank")
     free = ("budget", "prompt_init", "prompt_text")

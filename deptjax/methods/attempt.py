@@ -68,6 +68,7 @@ class ATTEMPT(InputMethod):
         " 2022, arXiv 2205.11961"
     )
     formula = "M D + 2 D G + 2 D"
+    free_size = "bottleneck"
     letters = {"M": "prompt_length", "G": "bottleneck"}
     by_instance = True
     starts_plain = False
@@ -89,6 +90,10 @@ class ATTEMPT(InputMethod):
         if not self.places:
             raise UserError(f"{self.kind}: sources is empty; name the folders of prompts of other tasks, a,b,c")
         super().__post_init__()
+
+    @classmethod
+    def typical(cls) -> ATTEMPT:
+        return cls(sources="mnli,qnli,qqp,sst2,squad,record")  # the authors' tasks
 
     @property
     def places(self) -> list[str]:

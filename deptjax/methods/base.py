@@ -169,6 +169,9 @@ class Method:
     letters: ClassVar[Mapping[str, str]] = {}
     """The fields that letters of `formula` stand for."""
 
+    free_size: ClassVar[str | None] = None
+    """The size that is chosen to stay within a budget of parameters; `None` where none can be."""
+
     starts_plain: ClassVar[bool] = True
     """True when at first the model computes what the frozen one does behind the method's prompt, if it has one."""
 
@@ -193,6 +196,11 @@ class Method:
     axes: ClassVar[Mapping[str, Axes]] = {}
     """Logical axes of large parameters of an inner site, by name, to split them over a mesh as the model is; `in` and
     `out` are those of the kernel beside the site. Parameters that are not named are whole on every device."""
+
+    @classmethod
+    def typical(cls) -> Method:
+        """Returns the method at its defaults, for what is asked of no run in particular."""
+        return cls()
 
     def check_sizes(self) -> None:
         """Raises `UserError` for a size that is given and below 1."""

@@ -96,6 +96,7 @@ class DePT(InputMethod):
         "arXiv 2309.05173"
     )
     formula = "M D + (X + D) R"
+    free_size = "rank"
     letters = {"M": "prompt_length", "X": "max_length", "R": "rank"}
     sizes = ("prompt_length", "rank", "max_length")
     free = ("alpha", "scaling", "budget", "prompt_init", "prompt_text")

@@ -43,6 +43,7 @@ class DPT(InputMethod):
         "Xiao et al., Decomposed Prompt Tuning via Low-Rank Reparameterization, EMNLP Findings 2023, arXiv 2310.10094"
     )
     formula = "(M + D) R"
+    free_size = "rank"
     letters = {"M": "prompt_length", "R": "rank"}
     sizes = ("prompt_length", "rank")
     free = ("prompt_init", "prompt_text")

@@ -71,6 +71,7 @@ class IDPG(EncodedMethod):
     kind = "idpg"
     paper = "Wu et al., IDPG: An Instance-Dependent Prompt Generation Method, NAACL 2022, arXiv 2204.04497"
     formula = "2 n n n + (H F + F M D) / n + F + M D"
+    free_size = "prompt_length"
     letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "n": "factors"}
     free = ("encoding_dropout",)
 

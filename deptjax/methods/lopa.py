@@ -86,6 +86,7 @@ class LoPA(EncodedMethod):
         "NeurIPS 2024, arXiv 2405.15282"
     )
     formula = "2 (H F + F) + (F + 1) (M + D) R + M D"
+    free_size = "hidden"
     letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "R": "rank"}
     free = ("encoding_dropout", "prompt_init", "prompt_text")
 

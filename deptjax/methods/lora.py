@@ -65,6 +65,7 @@ class LoRA(TargetedMethod):
     kind = "lora"
     paper = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685"
     formula = "(I + O) R for each projection"
+    free_size = "rank"
     letters = {"R": "rank"}
     sizes = ("rank",)
     free = ("alpha",)

@@ -49,6 +49,7 @@ class MPT(ReparametrisedPrompt):
         " 2303.02861"
     )
     formula = "M D + M + D"
+    free_size = "prompt_length"
     letters = {"M": "prompt_length"}
 
     prompt_length: int = 100

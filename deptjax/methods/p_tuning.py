@@ -76,6 +76,7 @@ class PTuning(ReparametrisedPrompt):
     kind = "p_tuning"
     paper = "Liu et al., GPT Understands, Too, 2021, arXiv 2103.10385"
     formula = "M D + 2 D H + H H + 2 H + D"
+    free_size = "hidden"
     letters = {"M": "prompt_length", "H": "hidden"}
     more_sizes = ("prompt_length", "hidden", "num_layers")
 

@@ -128,6 +128,7 @@ class PrefixTuning(TargetedMethod):
     kind = "prefix_tuning"
     paper = "Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, ACL 2021, arXiv 2101.00190"
     formula = "2 P K H for each attention layer"
+    free_size = "prefix_length"
     letters = {"P": "prefix_length"}
     starts_plain = False
     more_sizes = ("prefix_length", "hidden")

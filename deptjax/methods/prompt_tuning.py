@@ -28,6 +28,7 @@ class PromptTuning(InputMethod):
     kind = "prompt_tuning"
     paper = "Lester et al., The Power of Scale for Parameter-Efficient Prompt Tuning, EMNLP 2021, arXiv 2104.08691"
     formula = "M D"
+    free_size = "prompt_length"
     letters = {"M": "prompt_length"}
     sizes = ("prompt_length",)
     free = ("prompt_init", "prompt_text")

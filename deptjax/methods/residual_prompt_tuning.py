@@ -53,6 +53,7 @@ class ResidualPromptTuning(ReparametrisedPrompt):
     kind = "residual_prompt_tuning"
     paper = "Razdaibiedina et al., Residual Prompt Tuning, ACL Findings 2023, arXiv 2305.03937"
     formula = "M D + 2 D H + H + 3 D"
+    free_size = "bottleneck"
     letters = {"M": "prompt_length", "H": "bottleneck"}
     more_sizes = ("prompt_length", "bottleneck")
 

@@ -1,0 +1,65 @@
+"""`deptjax methods`: every method is there, its count is the real one, and a budget is kept and used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deptjax.methods import DePT, method_class, method_names
+from deptjax.models.sizes import SIZES
+from deptjax.planning.budget import trained_parameters, within_budget
+from tests.cli.conftest import Command
+
+PUBLISHED = {
+    "dept": 76_800,
+    "prompt_tuning": 76_800,
+    "adept": 76_051,
+    "accept": 74_880,
+    "attempt": 231_936,
+    "mpt": 77_668,
+}
+
+
+def test_all_methods_are_listed_with_what_they_train(deptjax: Command) -> None:
+    ended = deptjax("methods", "--json")
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    assert (told["model"], told["width"]) == ("t5-base", 768)
+    found = {one["method"]: one for one in told["methods"]}
+    assert sorted(found) == method_names()
+    for kind, count in PUBLISHED.items():
+        assert found[kind]["parameters"] == count
+    assert found["full"]["parameters"] == 222_903_552
+    assert found["lora"]["sites"] == ["linear"]
+    assert found["lopa"]["by_instance"]
+    page = deptjax("methods").out
+    for one in told["methods"]:
+        assert f"\n{one['method']} " in page
+        assert one["formula"] in page
+    assert max(map(len, page.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
+def test_a_budget_is_kept_and_used(deptjax: Command, model: str) -> None:
+    """One size more would be too much."""
+    config, budget = SIZES[model], 100 * SIZES[model].width
+    told = json.loads(deptjax("methods", "--model", model, "--budget", budget, "--json").out)
+    fit = 0
+    for one in told["methods"]:
+        chosen = within_budget(config, method_class(one["method"]).typical(), budget)
+        if chosen is None:
+            assert one["parameters"] is None
+            continue
+        fit += 1
+        assert one["parameters"] == trained_parameters(config, chosen) <= budget
+        more = {**chosen.__dict__, one["free_size"]: one["sizes"][one["free_size"]] + 1}
+        larger = type(chosen)(**{name: more[name] for name in one["sizes"]})
+        assert trained_parameters(config, larger) > budget
+    assert fit >= 10
+
+
+def test_mistakes(deptjax: Command) -> None:
+    assert "is neither a known size" in deptjax("methods", "--model", "t5-bse").error
+    assert "--budget" in deptjax("methods", "--budget", "many").error
+    assert trained_parameters(SIZES["gpt2"], DePT()) == 76_800
