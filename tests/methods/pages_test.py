@@ -1,0 +1,49 @@
+"""The pages of the methods say what the methods say of themselves, and name files and fields that there are."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+
+from deptjax.methods import method_class, method_names
+from deptjax.methods.base import method_fields
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
+CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.gin"))
+PARTS = ["Where it acts", "When to use it", "What it costs", "Published", "Measured here"]
+
+
+def test_there_are_pages_of_methods() -> None:
+    kinds = {page.stem for page in PAGES}
+    assert kinds <= {config.stem for config in CONFIGS}
+    assert {"dept", "prompt_tuning", "adept", "deep_prompt_tuning"} <= kinds <= set(method_names())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_says_what_its_method_does(page: pathlib.Path) -> None:
+    text, cls = page.read_text(encoding="utf-8"), method_class(page.stem)
+    assert cls.paper in " ".join(text.split())
+    assert f"`{cls.formula}`" in text
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == PARTS
+    assert f"`--method {cls.kind}`" in text
+    assert f"`deptjax.methods.{cls.__name__}`" in text
+    for name in re.findall(r"`(configs/[\w/.]+)`", text):
+        assert (ROOT / name).is_file(), name
+    for field in re.findall(r"`(\w+)=", text):
+        assert field in method_fields(cls), field
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_a_config_names_its_method(config: pathlib.Path) -> None:
+    text, kind = config.read_text(encoding="utf-8"), config.stem
+    cls = method_class(kind)
+    assert f'train.method = "{kind}"' in text
+    for owner, field in re.findall(r"^(\w+)\.(\w+) =", text, re.MULTILINE):
+        assert owner in (cls.__name__, "train", "TrainConfig")
+        assert owner != cls.__name__ or field in method_fields(cls)
+    wanted = sorted(re.findall(r"^TrainConfig\.(\w+)_lr", text, re.MULTILINE))
+    rates = sorted(cls().learning_rates(0.3))
+    assert wanted == rates
