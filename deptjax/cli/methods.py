@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import textwrap
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def described(config: Any, kind: str, budget: int | None = None) -> dict[str, An
     chosen = method if budget is None else within_budget(config, method, budget)
     fields = {} if chosen is None else method_to_config(chosen.resolve(config.width))
     sites = method.sites()
-    acts = [name for name in ("input", "linear", "attention", "residual") if getattr(sites, name) is not None]
+    acts = [site.name for site in dataclasses.fields(sites) if getattr(sites, site.name) is not None]
     sized = dict.fromkeys([*cls.letters.values(), cls.free_size])
     return {
         "method": kind,

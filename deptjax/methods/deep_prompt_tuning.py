@@ -73,6 +73,7 @@ class DeepPromptTuning(Method):
     kind = "deep_prompt_tuning"
     paper = "Jia et al., Visual Prompt Tuning, ECCV 2022, arXiv 2203.12119 (VPT-deep)"
     formula = "M D for each layer"
+    free_size = "prompt_length"
     letters = {"M": "prompt_length"}
     starts_plain = False
     sizes = ("prompt_length",)
