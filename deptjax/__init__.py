@@ -13,7 +13,8 @@ from deptjax.interop.load import load_backbone
 from deptjax.models.backbone import Backbone
 
 # Methods
-from deptjax.methods import DePT, FullFineTuning, LoRA, PrefixTuning, PromptTuning, ZeroShot
+from deptjax.methods import ACCEPT, ATTEMPT, DPT, IDPG, MPT, ADePT, DeepPromptTuning, DePT, FullFineTuning, LoPA, LoRA
+from deptjax.methods import PrefixTuning, PromptTuning, PTuning, ResidualPromptTuning, ZeroShot
 
 # Tasks
 from deptjax.data.huggingface import HFSource
@@ -48,22 +49,32 @@ from deptjax.errors import UserError
 from deptjax.version import __version__
 
 __all__ = [
+    "ACCEPT",
+    "ATTEMPT",
+    "DPT",
+    "IDPG",
+    "MPT",
+    "ADePT",
     "Answer",
     "Backbone",
     "DePT",
     "Decoding",
+    "DeepPromptTuning",
     "FileSource",
     "FullFineTuning",
     "Generation",
     "HFSource",
+    "LoPA",
     "LoRA",
     "MemorySource",
+    "PTuning",
     "Population",
     "Predictor",
     "PrefixTuning",
     "Prompt",
     "PromptBank",
     "PromptTuning",
+    "ResidualPromptTuning",
     "Run",
     "SeqioSource",
     "TFDSSource",
