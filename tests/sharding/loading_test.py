@@ -90,7 +90,7 @@ def test_a_mesh_of_more_devices_than_there_are_names_one_that_fits(tmp_path: pat
         load_backbone(place, mesh="fsdp:8")
 
 
-@pytest.mark.parametrize("name", ["t5-small", "t5-1.1-small", "gpt2", "llama2-7b"])
+@pytest.mark.parametrize("name", ["t5-small", "t5-1.1-small", "bert-base", "gpt2", "llama2-7b"])
 def test_every_parameter_of_every_family_has_axes(name: str) -> None:
     """And each axis is of the size that the config says, so that what a mesh divides is what is split."""
     config = SIZES[name]
