@@ -52,7 +52,7 @@ def _gpt2(width: int, layers: int, heads: int) -> GPT2Config:
 
 
 def _bert(width: int, layers: int, heads: int, **fields: Any) -> BertConfig:
-    shape = {"vocab_size": 30522, "mlp_dim": 4 * width, **fields}
+    shape = {"vocab_size": 30522, "mlp_dim": 4 * width, "mask_token": 103, **fields}
     return BertConfig(width=width, num_layers=layers, num_heads=heads, **shape)
 
 
@@ -71,6 +71,7 @@ def _llama(width: int, mlp_dim: int, layers: int, heads: int, kv_heads: int, **f
 
 _ROBERTA: dict[str, Any] = {
     "vocab_size": 50265,
+    "mask_token": 50264,
     "position_offset": 2,
     "token_types": 1,
     "norm_eps": 1e-5,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from deptjax.errors import UserError
 from deptjax.methods.base import Method
+from deptjax.models.bert import BertConfig
 from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import Config, parameter_count, parameter_shapes
 from deptjax.planning.chips import Chip
@@ -174,6 +175,10 @@ def make_plan(
     """
     train = TrainConfig() if train is None else train
     config, method = dataclasses.replace(config, remat=train.remat), method.resolve(config.width)
+    if isinstance(
+        config, BertConfig
+    ):  # one place is filled, and nothing that is compiled depends on the id of its token
+        config, rows = dataclasses.replace(config, mask_token=0), rows._replace(targets=1)
     check_rows(model, config, method, placement, rows)
     prompted = PromptedModel(config.make(method.sites()), method, train.share_prompt)
     frozen, trainable = abstract_trees(config, prompted)
@@ -288,7 +293,8 @@ def check_rows(model: str, config: Config, method: Any, placement: Placement, ro
     limit = method.source_limit()
     if limit is not None and rows.length > limit:
         raise UserError(f"length {rows.length} is more than the {limit} of the method; raise the method's max_length")
-    total = method.positions_in_front() + rows.length + rows.targets
+    behind = 0 if config.is_masked else rows.targets
+    total = method.positions_in_front() + rows.length + behind
     if config.context is not None and total > config.context:
         raise UserError(
             f"{method.positions_in_front()} prompt vectors, length {rows.length} and targets of {rows.targets} tokens "

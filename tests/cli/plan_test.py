@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from deptjax.testing import save_hf_folder, tiny_bert
 from tests.cli.conftest import Command
 
 SMALL = ("--batch", 4, "--length", 24, "--max-length", 24, "--target-length", 2)
@@ -30,6 +31,14 @@ def test_a_plan_of_a_folder(deptjax: Command, model: pathlib.Path, tmp_path: pat
     assert "a batch of 4 rows of 24 + 2 tokens" in ended.out
     assert re.search(r"total +[\d.]+ \wiB of [\d.]+ GiB: fits", ended.out)
     assert re.search(r"a step takes [\d.]+ \w+ or more, bound by (compute|memory)", ended.out)
+
+
+def test_a_model_that_fills_masks_has_one_target(deptjax: Command, tmp_path: pathlib.Path) -> None:
+    folder, file = save_hf_folder(tiny_bert(), tmp_path / "bert"), tmp_path / "plan.json"
+    ended = deptjax("plan", "--model", folder, *SMALL[:-1], 9, "--prompt_length=3", "--rank=2", "--json", file)
+    assert ended.status == 0, ended.err
+    assert "a batch of 4 rows of 24 + 1 tokens" in ended.out
+    assert json.loads(file.read_text())["trainable_parameters"] == 3 * 24 + 2 * (24 + 24)
 
 
 def test_methods_in_one_table_over_a_mesh(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
