@@ -69,7 +69,9 @@ def step_flops(config: Any, method: Method, batch: BatchShape, share_prompt: boo
     """Returns the operations of one training step of `method` on the backbone of `config`.
 
     Counted are the projections and what fills their `linear` sites (each matrix of it one factor more), attention and
-    what fills its site, the head and the formula of the input site; what fills a `residual` site is not.
+    what fills its site, the head and the formula of the input site; what fills a `residual` site is not. A prompt that
+    each layer of a causal model replaces (the `stream` site) is counted as if what the layer before made of it were
+    used.
     """
     method = method.resolve(config.width)
     tally = _Tally(config, method)

@@ -25,10 +25,10 @@ def test_there_are_pages_of_methods() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_says_what_its_method_does(page: pathlib.Path) -> None:
     text, cls = page.read_text(encoding="utf-8"), method_class(page.stem)
-    assert cls.paper in " ".join(text.split())
+    assert set(re.findall(r"\d{4}\.\d{5}", cls.paper)) <= set(re.findall(r"\d{4}\.\d{5}", text))
     assert f"`{cls.formula}`" in text
-    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == PARTS
-    assert f"`--method {cls.kind}`" in text
+    assert [part for part in re.findall(r"^## (.+)$", text, re.MULTILINE) if part in PARTS] == PARTS
+    assert re.search(rf"`--method {cls.kind}\b", text)
     assert f"`deptjax.methods.{cls.__name__}`" in text
     for name in re.findall(r"`(configs/[\w/.]+)`", text):
         assert (ROOT / name).is_file(), name
@@ -45,5 +45,5 @@ def test_a_config_names_its_method(config: pathlib.Path) -> None:
         assert owner in (cls.__name__, "train", "TrainConfig")
         assert owner != cls.__name__ or field in method_fields(cls)
     wanted = sorted(re.findall(r"^TrainConfig\.(\w+)_lr", text, re.MULTILINE))
-    rates = sorted(cls().learning_rates(0.3))
+    rates = sorted(cls.typical().learning_rates(0.3))
     assert wanted == rates
