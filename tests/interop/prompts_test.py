@@ -145,7 +145,7 @@ def test_arrays_that_do_not_fit(tmp_path: Path) -> None:
     refused(saved(prompt=prompt, lora_a=np.zeros((5, 2))), "tensor 'input/lora_b' is missing")
     refused(saved(prompt=prompt, other=prompt), "tensor 'other' has no place")
     refused(saved(method=np.array("{")), "its 'method' is not the JSON of a method")
-    refused(saved(method=np.array('{"method": "dpt"}')), "unknown method 'dpt'; .* Did you mean 'dept'")
+    refused(saved(method=np.array('{"method": "dep"}')), "unknown method 'dep'; .* Did you mean 'dept'")
     refused(saved(method=np.array('{"method": "dept", "rnk": 1}')), "has no field 'rnk'")
     refused(saved(method=np.array('{"method": "dept", "rank": "x"}')), "its method cannot be made")
     config = '{"method": "prompt_tuning", "prompt_length": 3, "prompt_init": "/dev/null"}'
