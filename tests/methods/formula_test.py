@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -72,17 +71,3 @@ def test_every_method_says_where_it_is_from_and_what_it_costs() -> None:
         used = set(re.findall(r"\b[A-Za-z]\b", cls.formula.partition(" for each ")[0]))
         assert used <= {*cls.letters, "D", "K", "H", "I", "O"}, name
     assert {name for name in method_names() if not method_class(name).tunes_backbone} == set(CASES)
-
-
-def test_every_method_has_a_page_that_gives_its_formula() -> None:
-    docs = pathlib.Path(__file__).resolve().parents[2] / "docs"
-    index = (docs / "methods.md").read_text()
-    for name in method_names():
-        if method_class(name).tunes_backbone:
-            assert f"| {name} |" in index
-            continue
-        assert f"| [{name}](methods/{name}.md) |" in index
-        page = (docs / "methods" / f"{name}.md").read_text()
-        assert f"Parameters, as `deptjax.methods` has them: `{method_class(name).formula}`." in page
-        for heading in ("Where it acts", "When to use it", "What it costs", "Published", "Measured here"):
-            assert f"\n## {heading}\n" in page, name

@@ -17,9 +17,12 @@ PARTS = ["Where it acts", "When to use it", "What it costs", "Published", "Measu
 
 
 def test_there_are_pages_of_methods() -> None:
-    kinds = {page.stem for page in PAGES}
+    """Of every method, and a line in the index; all of a model has a line alone."""
+    kinds, index = {page.stem for page in PAGES}, (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert kinds == {name for name in method_names() if not method_class(name).tunes_backbone}
     assert kinds <= {config.stem for config in CONFIGS}
-    assert {"dept", "prompt_tuning", "adept", "deep_prompt_tuning"} <= kinds <= set(method_names())
+    for name in method_names():
+        assert f"| {f'[{name}](methods/{name}.md)' if name in kinds else name} |" in index
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
