@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 
-from deptjax.errors import UserError, nearest
+from deptjax.errors import UserError
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, attend, front_bias, heads_in_front
@@ -39,7 +39,7 @@ from deptjax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(layers.EvenHeads):
     """The shape of a BERT-family model.
 
     `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
@@ -81,21 +81,8 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         check_name(self.family, self.attention)
-        if self.activation not in layers.ACTIVATIONS:
-            known, hint = ", ".join(layers.ACTIVATIONS), nearest(self.activation, layers.ACTIVATIONS)
-            raise UserError(f"bert: activation '{self.activation}' is not known; use one of: {known}.{hint}")
-        if self.width % self.num_heads:
-            raise UserError(f"bert: num_heads {self.num_heads} does not divide width {self.width}; correct one of them")
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and values: as many as of queries."""
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """H, the width of a head."""
-        return self.width // self.num_heads
+        layers.check_activation(self.family, self.activation)
+        self.check_heads()
 
     @property
     def context(self) -> int | None:

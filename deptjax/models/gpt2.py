@@ -20,7 +20,6 @@ from typing import ClassVar
 
 import flax.linen as nn
 
-from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.causal import CausalModel, Placed
@@ -29,7 +28,7 @@ from deptjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(layers.EvenHeads):
     """The shape of a GPT-2-family model.
 
     `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
@@ -62,21 +61,8 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         check_name(self.family, self.attention)
-        if self.activation not in layers.ACTIVATIONS:
-            known, hint = ", ".join(layers.ACTIVATIONS), nearest(self.activation, layers.ACTIVATIONS)
-            raise UserError(f"gpt2: activation '{self.activation}' is not known; use one of: {known}.{hint}")
-        if self.width % self.num_heads:
-            raise UserError(f"gpt2: num_heads {self.num_heads} does not divide width {self.width}; correct one of them")
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and values: as many as of queries."""
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """H, the width of a head."""
-        return self.width // self.num_heads
+        layers.check_activation(self.family, self.activation)
+        self.check_heads()
 
     @property
     def context(self) -> int | None:

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 
-from deptjax.errors import UserError, nearest
+from deptjax.errors import UserError
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, step_bias
@@ -72,9 +72,7 @@ class T5Config:
 
     def __post_init__(self) -> None:
         check_name(self.family, self.attention)
-        if self.activation not in layers.ACTIVATIONS:
-            known, hint = ", ".join(layers.ACTIVATIONS), nearest(self.activation, layers.ACTIVATIONS)
-            raise UserError(f"t5: activation '{self.activation}' is not known; use one of: {known}.{hint}")
+        layers.check_activation(self.family, self.activation)
         if self.relative_buckets < 4 or self.relative_max_distance <= self.relative_buckets // 2:
             raise UserError(
                 f"t5: relative_max_distance {self.relative_max_distance} and relative_buckets {self.relative_buckets} "
