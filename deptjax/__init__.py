@@ -28,6 +28,7 @@ from deptjax.training.config import TrainConfig
 from deptjax.training.members import grid
 from deptjax.training.population import Population, train_population
 from deptjax.training.run import Run, train
+from deptjax.training.shared import train_shared
 from deptjax.training.transfer import similar_prompts
 
 # Prompts in other formats
@@ -97,4 +98,5 @@ __all__ = [
     "task_names",
     "train",
     "train_population",
+    "train_shared",
 ]

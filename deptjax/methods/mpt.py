@@ -4,10 +4,10 @@
     input = [P; E]
 
 Wang et al., "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", ICLR 2023, arXiv 2303.02861.
-The authors learn P* on source tasks, by distillation from a prompt of each, and a target task starts from it; here P*
-starts as any prompt does, also from a saved one (`prompt_init`). u and v start at 1, so that a run is prompt tuning at
-first, where numbers near 0 would hide the prompt; they have a rate of their own. After training P is worked out, and
-saved as a prompt of prompt tuning.
+P* is learnt on source tasks, by distillation from a prompt of each (`deptjax.training.shared`), and a target task
+starts from it and the mean of the sources' u and v (`start_from`). u and v start at 1, so that a run without source
+tasks is prompt tuning at first, where numbers near 0 would hide the prompt; they have a rate of their own. After
+training P is worked out, and saved as a prompt of prompt tuning.
 
 Parameters: M D + M + D.
 """

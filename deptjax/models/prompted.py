@@ -191,15 +191,26 @@ class PromptedModel:
         (B, H), or, where the encoder is tuned, the texts in its tokens, `encoder_source` and `encoder_mask`. With a
         `dropout_key` backbone, encoder and method drop out.
         """
+        states = self.target_states(trainable, frozen, batch, dropout_key=dropout_key)
+        return self.head(trainable, frozen, states, vocab_ids)
+
+    def head(
+        self, trainable: Tree, frozen: Tree, states: Float[Array, "B U D"], vocab_ids: Int[Array, "C"] | None = None
+    ) -> Float[Array, "B U V"]:
+        """Returns float32 logits of states, over the vocabulary or over `vocab_ids` alone."""
+        return self._apply(self._variables(trainable, frozen), states, vocab_ids, method="head")
+
+    def target_states(
+        self, trainable: Tree, frozen: Tree, batch: dict[str, Array], *, dropout_key: Key | None = None
+    ) -> Float[Array, "B U D"]:
+        """Returns the states that predict the targets, before the head; arguments as those of `target_logits`."""
         encoding = self._encoding(trainable, batch, dropout_key)
         source, mask, prompt, ids = self._source(
             trainable, frozen, batch["source"], batch["source_mask"], encoding, dropout_key
         )
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        variables = self._variables(trainable, frozen)
-        args = variables, source, mask, prompt, batch["targets"], dropout_key is None
-        states = self._apply(*args, method="target_states", rngs=rngs, **ids)
-        return self._apply(variables, states, vocab_ids, method="head")
+        args = self._variables(trainable, frozen), source, mask, prompt, batch["targets"], dropout_key is None
+        return self._apply(*args, method="target_states", rngs=rngs, **ids)
 
     def front(self, trainable: Tree, frozen: Tree, length: Int[Array, ""] | None = None) -> Any:
         """Returns what the method's prompt is to every text, a pytree for `start`, or `None`.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from deptjax.cli.main import COMMANDS
+from deptjax.methods import method_names
 from tests.cli.conftest import TEMPLATE, Command, Tuned, write_rows
 from tests.cli.folders import save_llama
 
@@ -74,7 +75,7 @@ def test_rows(
         ),
         (
             ["--method", "detp"],
-            "unknown method 'detp'; there are: dept, full, lora, prefix_tuning, prompt_tuning. Did you mean 'dept'?",
+            f"unknown method 'detp'; there are: {', '.join(method_names())}. Did you mean 'dept'?",
         ),
         (
             ["--method", "lora"],
@@ -87,7 +88,7 @@ def test_rows(
         (["--scaling", "big"], "scaling 'big' is not known; use 'alpha/sqrt(rank)', 'none' or a number"),
         (
             ["--prompt-init", "txt"],
-            "prompt_init 'txt' is neither one of text, vocab, labels, random nor a saved prompt",
+            "prompt_init 'txt' is neither one of text, vocab, labels, random, normal nor a saved prompt",
         ),
         (["--prompt-lenght", 3], "there is no flag --prompt-lenght. Did you mean '--prompt-length'?"),
         (["--prompt", 3], "there is no flag --prompt."),
