@@ -70,6 +70,10 @@ class Form:
         """Returns a source text as it is encoded."""
         return text
 
+    def unmasked(self, text: str) -> str:
+        """Returns a source text as another model reads it: without the backbone's mask token."""
+        return text
+
     def source_ids(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of source texts, special tokens included."""
         raise NotImplementedError
@@ -187,6 +191,9 @@ class Masked(Form):
         self._lead, self._after = template.around_mask
         self.task, self._tokenizer = dataclasses.replace(task, input=template.with_mask(self._token)), tokenizer
         self._suffix = self.task.input_template.suffix
+
+    def unmasked(self, text: str) -> str:
+        return text.replace(self._token, "")
 
     def source_ids(self, texts: list[str]) -> list[list[int]]:
         """Returns ids between the tokenizer's special tokens."""

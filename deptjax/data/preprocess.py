@@ -97,6 +97,10 @@ class Preprocessor:
         """Whether answers are the one token at a mask, so that no text can be written."""
         return self._form.fills_mask
 
+    def unmasked(self, source_texts: Sequence[str]) -> list[str]:
+        """Returns source texts as a method's encoder reads them: without a masked backbone's mask token."""
+        return [self._form.unmasked(text) for text in source_texts]
+
     def encode(self, row: Row) -> Example:
         """Returns the encoded row; raises `UserError` naming it when it is too long and `on_too_long` is `error`."""
         return self.encode_all([row])[0]
@@ -210,7 +214,7 @@ class Preprocessor:
             labels = [-1] * len(rows)
             pieces = self._form.pieces(fitted, [self.task.target_text(row) for row in rows])
             targets = [self._fit_target(ids, row.origin) for ids, row in zip(pieces, rows, strict=True)]
-        read = [None] * len(rows) if self._encoder_tokens is None else self._encoder_tokens(texts)
+        read = [None] * len(rows) if self._encoder_tokens is None else self._encoder_tokens(self.unmasked(texts))
         return [
             Example(np.asarray(source, np.int32), np.asarray(target, np.int32), label, own)
             for (_, source), target, label, own in zip(fitted, targets, labels, read, strict=True)

@@ -65,7 +65,9 @@ def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], I
         if cut == 0 and preprocessor.cut_count:
             logger.warning("texts of more than %d tokens, the prompt's max_length, are cut", preprocessor.max_length)
         embeds = module.apply({"params": backbone.params}, jnp.asarray(tokens)[None], method="embed")
-        encoding = None if encoder is None else jnp.asarray(encoder.vectors(encoder.tokens([filled])))
+        encoding = (
+            None if encoder is None else jnp.asarray(encoder.vectors(encoder.tokens(preprocessor.unmasked([filled]))))
+        )
         texts = Texts.whole(embeds, encoding)
         vectors, embeds = sites.input.apply({"params": trainable}, embeds, texts, method="streams")
         if vectors is None:

@@ -243,7 +243,7 @@ class Predictor:
                         "task '%s': texts of more than %d tokens, the prompt's max_length, are cut",
                         *(served.name, pre.max_length),
                     )
-                read = [None] * len(places) if served.encoder is None else served.encoder.tokens(sources)
+                read = [None] * len(places) if served.encoder is None else served.encoder.tokens(pre.unmasked(sources))
             for place, text, source, own in zip(places, sources, ids, read, strict=True):
                 requests[place] = _Request(place, served, served.reader, text, Example(source, placeholder, -1, own))
         return [request for request in requests if request is not None]

@@ -169,3 +169,31 @@ def test_members_of_a_population_learn_what_they_learn_alone(tmp_path: pathlib.P
             prompt.trainable,
             alone.prompt.trainable,
         )
+
+
+def test_the_backbone_is_its_own_encoder_without_a_copy() -> None:
+    backbone = backbone_of("llama")
+    encoder = encoder_of(LoPA(), backbone)
+    assert encoder is not None
+    assert encoder.backbone.params is backbone.params
+
+
+def test_an_encoder_reads_a_masked_models_text_without_its_mask(tmp_path: pathlib.Path) -> None:
+    backbone = backbone_of("bert")
+    save_hf_folder(tiny_t5(), tmp_path / "reader")
+    method = LoPA(prompt_length=2, rank=1, hidden=4, encoder=str(tmp_path / "reader"))
+    task = review_task(input="text : {text} it was {mask} .", verbalizers={"negative": "bad", "positive": "good"})
+    seen: list[str] = []
+    read = TextEncoder.tokens
+
+    def noted(self: TextEncoder, texts: Any) -> Any:
+        seen.extend(texts)
+        return read(self, texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextEncoder, "tokens", noted)
+        train(backbone, method, task, tmp_path / "run", **SMALL)
+        scores = evaluate(backbone, tmp_path / "run" / "prompt", task, split="dev")
+    assert scores == pytest.approx(Prompt.load(tmp_path / "run" / "prompt").metrics)
+    assert seen
+    assert not any(backbone.tokenizer.mask_token in text for text in seen)

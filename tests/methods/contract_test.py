@@ -20,7 +20,13 @@ CASES = [(b, m, scan) for b in ("llama", "t5") for m in METHODS for scan in (Fal
 # A prompt that comes about in another way is to a backbone what any prompt is.
 CASES += [("llama", m, False) for m in PROMPT_METHODS] + [("t5", "adept", True), ("t5", "deep_prompt_tuning", True)]
 CASES += [("gpt2", "dept", True), ("gpt2", "lora", False), ("gpt2", "full", False)]
-CASES += [("llama", "lopa", False), ("t5", "lopa", True), ("llama", "idpg", True), ("llama", "attempt", False)]
+CASES += [
+    ("llama", "lopa", False),
+    ("t5", "lopa", True),
+    ("llama", "idpg", True),
+    ("llama", "attempt", False),
+    ("bert", "lopa", True),
+]
 CASES += [("bert", m, m in ("dept", "prefix_tuning")) for m in METHODS]
 LAYER, MODEL = 1e-5, 1e-4
 
