@@ -33,7 +33,7 @@ from deptjax.training.population import train_population
 from deptjax.training.run import train
 from deptjax.typing import Tree
 from tests.cases import BACKBONES, METHODS, make_case, some_batch
-from tests.reviews import review_task
+from tests.reviews import review_prompt, review_rows, review_task
 
 # The 16 values of appendix E of QLoRA (arXiv 2305.14314).
 NF4 = np.asarray(
@@ -283,3 +283,18 @@ def test_the_members_of_a_population_are_runs_of_their_own(int8: Backbone, tmp_p
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), together.trainable, alone.trainable
         )
+
+
+def test_prompts_on_a_quantised_backbone_share_a_batch() -> None:
+    """Tuned on the float32 model, served on the quantised one, mixed and alone."""
+    backbone = tiny_llama(tied=False)
+    case = make_case(backbone, METHODS["dept"])
+    one, small = review_prompt(case), backbone.quantized("nf4")
+    two = dataclasses.replace(one, trainable=jax.tree.map(lambda leaf: 1.5 * leaf, one.trainable))
+    texts = [row["text"] for row in review_rows(4)]
+    mixed = Predictor(small, {"one": one, "two": two})(texts, ["one", "two"] * 2)
+    for place, (text, prompt) in enumerate(zip(texts, [one, two] * 2, strict=True)):
+        (alone,) = Predictor(small, prompt)([text])
+        assert mixed[place].scores == pytest.approx(alone.scores, abs=1e-5)
+    exact = Predictor(backbone, one)(texts[:1])[0].scores
+    assert mixed[0].scores != exact

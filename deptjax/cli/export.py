@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(words: list[str]) -> int:
-    from deptjax.cli.setup import prepare
+    from deptjax.cli.setup import one_host_only, prepare
 
     prepare()
+    one_host_only("export")
     from deptjax.cli import flags
     from deptjax.cli.model import backbone_of
     from deptjax.interop.prompts import FORMATS, export_prompt

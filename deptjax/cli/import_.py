@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import(words: list[str]) -> int:
-    from deptjax.cli.setup import prepare
+    from deptjax.cli.setup import one_host_only, prepare
 
     prepare()
+    one_host_only("import")
     from deptjax.cli import flags, settings
     from deptjax.data.tasks import Task
     from deptjax.interop.load import load_backbone

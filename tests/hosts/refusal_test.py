@@ -99,7 +99,8 @@ def test_a_refusal_of_one_is_one_of_all(where: str) -> None:
 
 
 def test_commands_for_one_host_and_for_several(tmp_path: object) -> None:
-    program = [sys.executable, "-m", "deptjax.predict"]
-    end = run_hosts("--prompt", str(tmp_path), hosts=1, program=program, DEPTJAX_NUM_HOSTS="2")[0]
-    assert (end.status, len(end.lines)) == (2, 1), end.err
-    assert "predict is for one host" in end.err
+    for command in ("predict", "export"):
+        program = [sys.executable, "-m", f"deptjax.{command}"]
+        end = run_hosts("--prompt", str(tmp_path), hosts=1, program=program, DEPTJAX_NUM_HOSTS="2")[0]
+        assert (end.status, len(end.lines)) == (2, 1), end.err
+        assert f"{command} is for one host" in end.err
