@@ -8,8 +8,9 @@ import pytest
 
 from deptjax.cli.scopes import SuiteSettings
 from deptjax.data.paper_tasks import paper_settings
-from deptjax.methods import DePT
+from deptjax.methods import DePT, method_names
 from deptjax.models.sizes import SIZES
+from deptjax.planning.budget import trained_parameters
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs" / "suites"
 FILES = sorted(FOLDER.glob("*.gin"))
@@ -75,3 +76,11 @@ def test_settings_are_those_of_the_released_checkpoints_or_of_the_paper(
         if name in RELEASED and isinstance(recipe.method, DePT):
             found = (recipe.method.prompt_length, recipe.method.rank, config.prompt_lr, config.low_rank_lr)
             assert found == RELEASED[name][:4]
+
+
+def test_all_methods_stay_within_one_budget_and_use_most_of_it(tmp_path: pathlib.Path) -> None:
+    config = SIZES["smollm2-135m"]
+    recipes = SuiteSettings([str(FOLDER / "methods_smollm2.gin")], [], {}).plan(str(tmp_path)).recipes
+    spent = {r.method.kind: trained_parameters(config, r.method.with_encoding_width(384)) for r in recipes}
+    assert set(method_names()) - set(spent) == {"full", "attempt"}
+    assert all(0.85 * 57_600 < count <= 57_600 for count in spent.values()), spent
