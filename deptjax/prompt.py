@@ -85,6 +85,14 @@ class Prompt:
             told = "; ".join(f"{k} is {actual.get(k)}, not {self.fingerprint.get(k)}" for k in sorted(different))
             raise UserError(f"{where} was tuned on '{self.backbone}', not on '{backbone.name}': {told}")
 
+    def check_is_of_a_task(self, where: str) -> None:
+        """Raises `UserError` for what `train_shared` leaves for other runs to start from."""
+        if self.settings.get("shared"):
+            raise UserError(
+                f"{where} is shared by tasks, for runs to start from (start_from); the prompts of its own tasks are in "
+                "the folder prompts beside it"
+            )
+
     def on(self, backbone: Any) -> Prompt:
         """Returns the prompt with its layers as the backbone has them: stacked, where it scans them, or one by one."""
         if not isinstance(self.trainable.get("backbone"), dict):

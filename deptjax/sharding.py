@@ -278,9 +278,9 @@ def trainable_axes(names: Sequence[str], rank: int, axes: Mapping[str, Axes], me
     `in` and `out` among the axes of a method are those of the kernel beside which the parameter lies.
     """
     whole: Axes = (None,) * rank
-    if rank == 0 or "backbone" not in names:
+    names = _in_tree(list(names))
+    if rank == 0 or not names:
         return whole
-    names = list(names)[len(names) - list(reversed(names)).index("backbone") :]
     at = next((i for i, name in enumerate(names) if SITE.fullmatch(name)), None)
     if at is None:
         own = backbone_axes(names) if names and rank > int(members) else ()
@@ -293,6 +293,18 @@ def trainable_axes(names: Sequence[str], rank: int, axes: Mapping[str, Axes], me
         return whole
     lead = ("members",) if members else ()
     return (*lead, *own) if len(own) + len(lead) == rank else whole
+
+
+def _in_tree(names: list[str]) -> list[str]:
+    """Returns a path below the root of the model that it belongs to, of a backbone or a tuned encoder; else nothing.
+
+    Groups of the optimiser have such names too, so that of a moment is the part behind `mu` or `nu`.
+    """
+    marks = [at for at, name in enumerate(names) if name in ("trainable", "mu", "nu", "acc_grads")]
+    names = names[marks[-1] + 1 :] if marks else names
+    if names[:1] == ["encoder"]:
+        return names[1:]
+    return names[len(names) - names[::-1].index("backbone") :] if "backbone" in names else []
 
 
 def sizes_of(config: Any) -> Sizes:

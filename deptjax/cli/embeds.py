@@ -48,7 +48,12 @@ def _columns(prompt: Prompt, text: str) -> dict[str, object]:
 
 
 def write_embeddings(
-    backbone: Backbone, prompt: Prompt, rows: Iterable[Text], output: str | None, overwrite: bool
+    backbone: Backbone,
+    prompt: Prompt,
+    rows: Iterable[Text],
+    output: str | None,
+    overwrite: bool,
+    encoder: Backbone | None = None,
 ) -> None:
     """Writes the input embeddings of rows to a file, or as JSON lines to standard output where `output` is `None`.
 
@@ -60,7 +65,7 @@ def write_embeddings(
         check_free(path, overwrite)
         if not path.absolute().parent.is_dir():
             raise UserError(f"--output {output}: there is no folder {path.parent}; make it first")
-    embed = embedder(backbone, prompt)
+    embed = embedder(backbone, prompt, encoder)
     embedded = embed(rows)
     if path is None or path.suffix not in _ARRAYS:
         with _lines(path) as file:

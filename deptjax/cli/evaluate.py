@@ -60,6 +60,7 @@ def _evaluate(words: list[str]) -> int:
     given = flags.given_by_flags(options, parser)
     join_hosts(options)
     prompt = Prompt.load(flags.required(options, "prompt", "a saved prompt, such as runs/x/prompt"))
+    prompt.check_is_of_a_task(options["prompt"])
     split, shown = options.get("split", "test"), options.get("split", "test")
     if ("FileSource", "test") in given and ("FileSource", "train") not in given:
         # One file to report on: all of its rows, as no other split is asked for.

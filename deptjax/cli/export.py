@@ -59,6 +59,7 @@ def _export(words: list[str]) -> int:
         "input", metavar="INPUT", nargs="?", help="a file of texts or JSON lines, or - for standard input"
     )
     texts.add_argument("--encoding", metavar="NAME", help="of the file (default utf-8)")
+    flags.add_encoder(texts)
     flags.add_model(parser, " (default: the one the prompt names)")
     flags.add_general(parser)
     options, bindings = parser.parse(words)
@@ -72,10 +73,12 @@ def _export(words: list[str]) -> int:
     prompt = Prompt.load(place)
     if format == EMBEDS:
         from deptjax.cli.embeds import texts_of, write_embeddings
+        from deptjax.inference.text_encoder import load_encoder
 
         rows = texts_of(options, prompt)
         backbone = backbone_of(prompt, place, flags.given_by_flags(options, parser))
-        write_embeddings(backbone, prompt, rows, options.get("output"), "overwrite" in options)
+        encoder = load_encoder(options["encoder"], "--encoder") if "encoder" in options else None
+        write_embeddings(backbone, prompt, rows, options.get("output"), "overwrite" in options, encoder)
         return 0
     backbone = backbone_of(prompt, place, flags.given_by_flags(options, parser))
     print(export_prompt(prompt, backbone, output, format, overwrite="overwrite" in options))

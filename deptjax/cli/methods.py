@@ -60,13 +60,22 @@ def _kinds() -> list[str]:
 
 
 def described(config: Any, kind: str, budget: int | None = None) -> dict[str, Any]:
-    """Returns what is told of a method on a backbone's config, as JSON; `parameters` is `None` where none fit."""
+    """Returns what is told of a method on a backbone's config, as JSON.
+
+    `parameters` is `None` where none fit, or where the default sizes are `refused` on this width.
+    """
+    from deptjax.errors import UserError
     from deptjax.methods import method_class, method_to_config
     from deptjax.planning.budget import trained_parameters, within_budget
 
-    cls = method_class(kind)
+    cls, refused = method_class(kind), None
     method = cls.typical()
-    chosen = method if budget is None else within_budget(config, method, budget)
+    try:
+        trained_parameters(config, method)
+    except UserError as error:  # its default sizes are not for this width
+        refused = str(error)
+    fits = refused is None
+    chosen = within_budget(config, method, budget) if fits and budget is not None else method if fits else None
     fields = {} if chosen is None else method_to_config(chosen.resolve(config.width))
     sites = method.sites()
     acts = [site.name for site in dataclasses.fields(sites) if getattr(sites, site.name) is not None]
@@ -81,6 +90,7 @@ def described(config: Any, kind: str, budget: int | None = None) -> dict[str, An
         "parameters": None if chosen is None else trained_parameters(config, chosen),
         "sizes": {name: fields[name] for name in sized if name in fields},
         "free_size": cls.free_size,
+        "refused": refused,
     }
 
 
@@ -90,7 +100,7 @@ def _head(name: str, config: Any, budget: int | None) -> str:
 
 
 def _shown(one: dict[str, Any]) -> str:
-    count, indent = "does not fit", " " * LEFT
+    count, indent = one["refused"] or "does not fit", " " * LEFT
     if one["parameters"] is not None:
         sizes = ", ".join(f"{name} {value}" for name, value in one["sizes"].items())
         count = f"{one['parameters']:,}" + (f" at {sizes}" if sizes else "")

@@ -71,6 +71,7 @@ class Prompts:
 
     def _add(self, name: str | None, place: str) -> None:
         prompt = Prompt.load(place)
+        prompt.check_is_of_a_task(place)
         name = prompt.task["name"] if name is None else name
         if name in self.by_name:
             raise UserError(

@@ -61,7 +61,7 @@ class Form:
         if task.input_template.masks:
             raise UserError(
                 f"task '{task.name}': the input template {task.input!r} has {{mask}}, which a masked backbone (BERT,"
-                " RoBERTa) fills and this one does not; leave it out"
+                " RoBERTa) fills and this one does not; leave it out, or rename a column of that name"
             )
         self.task, self._tokenizer, self._eos = task, tokenizer, int(tokenizer.eos_token_id)
         self._suffix = task.input_template.suffix
@@ -193,6 +193,7 @@ class Masked(Form):
         self._suffix = self.task.input_template.suffix
 
     def unmasked(self, text: str) -> str:
+        """Returns a source text without the mask token."""
         return text.replace(self._token, "")
 
     def source_ids(self, texts: list[str]) -> list[list[int]]:

@@ -167,6 +167,11 @@ class Preprocessor:
                     f"task '{self.task.name}': label '{label}' is {len(pieces)} tokens ({shown}), not one; "
                     f"{self._form.not_one_token}"
                 )
+            if pieces[0] == getattr(self.tokenizer, "unk_token_id", None):
+                raise UserError(
+                    f"task '{self.task.name}': label '{label}' is a text that the tokenizer does not know; give it "
+                    "another in verbalizers"
+                )
             if pieces[0] in tokens:
                 other = self._labels()[tokens.index(pieces[0])]
                 raise UserError(

@@ -85,7 +85,10 @@ class Template:
         self.masks = names.count(MASK)
         self.columns: tuple[str, ...] = tuple(dict.fromkeys(name for name in names if name != MASK))
         if not self.columns:
-            raise UserError(f"{field} {text!r} names no column; write the column's name in braces, such as {{text}}")
+            told = "names no column; write the column's name in braces, such as {text}"
+            if self.masks:
+                told = "names no column: {mask} is the place that a masked model fills; rename a column of that name"
+            raise UserError(f"{field} {text!r} {told}")
         last = max(i for i, (_, column) in enumerate(self._parts) if column not in (MASK, None))
         self.suffix: str = "".join(map(_fixed, self._parts[last + 1 :]))
 

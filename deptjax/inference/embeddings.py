@@ -23,7 +23,9 @@ from deptjax.models.backbone import Backbone
 logger = logging.getLogger(__name__)
 
 
-def input_embeddings(backbone: Backbone, prompt: Source, texts: Iterable[Text]) -> list[np.ndarray]:
+def input_embeddings(
+    backbone: Backbone, prompt: Source, texts: Iterable[Text], encoder: Backbone | None = None
+) -> list[np.ndarray]:
     """Returns for each text what the blocks of the backbone are fed: (M + T, D) in the dtype of the computation.
 
     Args:
@@ -31,15 +33,18 @@ def input_embeddings(backbone: Backbone, prompt: Source, texts: Iterable[Text]) 
       prompt: a `Prompt`, or the path of one in any format that `load_prompt` knows.
       texts: bare texts, where the task's template has one column, or objects with its columns. They are filled into
         the template, tokenised and cut as in training.
+      encoder: a loaded encoder for a prompt of a method that has one, in place of the one that it names.
 
     Raises:
       UserError: for a prompt of another backbone, a method that acts elsewhere than on the input, or an empty text.
     """
-    embed = embedder(backbone, prompt)
+    embed = embedder(backbone, prompt, encoder)
     return [embeds for _, embeds in embed(text_list(texts))]
 
 
-def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], Iterator[tuple[str, np.ndarray]]]:
+def embedder(
+    backbone: Backbone, prompt: Source, encoder: Backbone | None = None
+) -> Callable[[Iterable[Text]], Iterator[tuple[str, np.ndarray]]]:
     """Returns a function that yields of each text the filled template and its input embeddings (M + T, D).
 
     Raises `UserError` as `input_embeddings` does.
@@ -53,7 +58,7 @@ def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], I
             "it; use a prompt of dept or prompt_tuning"
         )
     try:
-        preprocessor, encoder = preprocessor_of(backbone, usable), SavedEncoders(backbone).of(usable)
+        preprocessor, reader = preprocessor_of(backbone, usable), SavedEncoders(backbone, encoder).of(usable)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     module = backbone.module()
@@ -65,9 +70,9 @@ def embedder(backbone: Backbone, prompt: Source) -> Callable[[Iterable[Text]], I
         if cut == 0 and preprocessor.cut_count:
             logger.warning("texts of more than %d tokens, the prompt's max_length, are cut", preprocessor.max_length)
         embeds = module.apply({"params": backbone.params}, jnp.asarray(tokens)[None], method="embed")
-        encoding = (
-            None if encoder is None else jnp.asarray(encoder.vectors(encoder.tokens(preprocessor.unmasked([filled]))))
-        )
+        encoding = None
+        if reader is not None:
+            encoding = jnp.asarray(reader.vectors(reader.tokens(preprocessor.unmasked([filled]))))
         texts = Texts.whole(embeds, encoding)
         vectors, embeds = sites.input.apply({"params": trainable}, embeds, texts, method="streams")
         if vectors is None:

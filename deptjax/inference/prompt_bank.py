@@ -283,6 +283,7 @@ def usable_prompt(backbone: Backbone, prompt: Source, name: str) -> tuple[str, P
     elif not isinstance(prompt, Prompt):
         raise UserError(f"{where} is a {type(prompt).__name__}; give a Prompt, or the path of one")
     prompt.check_backbone(backbone, where)
+    prompt.check_is_of_a_task(where)
     prompt = prompt.on(backbone)
     check_parameters(backbone, prompt.method, without_encoder(prompt.trainable), where)
     for path, leaf in jax.tree_util.tree_leaves_with_path(prompt.trainable):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +25,12 @@ from deptjax.methods.base import ENCODER, EncoderChoice, Method
 from deptjax.methods.encoded import ITSELF
 from deptjax.models.backbone import Backbone
 from deptjax.models.encoder import Encoding
+from deptjax.models.layout import with_layout
 from deptjax.prompt import Prompt
 from deptjax.sharding import Placement
 from deptjax.typing import Tree
+
+logger = logging.getLogger(__name__)
 
 # A batch has always so many rows, and a length that its longest text decides: so a text's bits do not depend on when it
 # is encoded, and a run that was resumed goes on with the vectors that it would have had.
@@ -54,6 +58,7 @@ class TextEncoder:
         self._limit = choice.max_length if context is None else min(choice.max_length, context)
         self._kept: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._told_cut = False
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns each text's token ids (E,) int32 as the encoder takes them, cut to its `max_length`.
@@ -64,6 +69,11 @@ class TextEncoder:
             return []
         ids = self.backbone.tokenizer(list(texts), truncation=True, max_length=self._limit, verbose=False)
         found = [np.asarray(row, np.int32) for row in ids["input_ids"]]
+        if not self._told_cut and any(len(row) >= self._limit for row in found):
+            self._told_cut = True
+            logger.warning(
+                "encoder '%s': texts of more than %d tokens, encoder_length, are cut", self.choice.name, self._limit
+            )
         for text, row in zip(texts, found, strict=True):
             if not row.size:
                 raise UserError(f"encoder '{self.choice.name}': the text {text!r:.40} has no tokens; give a text")
@@ -85,6 +95,21 @@ class TextEncoder:
             while len(self._kept) * self.width * 4 > KEPT_BYTES:
                 self._kept.popitem(last=False)
         return np.stack([known[key] for key in keys])
+
+    def tuned(self, remat: str) -> Encoding:
+        """Returns the function for a step that tunes the encoder, which keeps of its layers what `remat` says."""
+        return Encoding.of(dataclasses.replace(self.backbone.config, remat=remat), self.choice)
+
+    def check_start(self, prompt: Prompt, where: str) -> None:
+        """Raises `UserError` for a prompt to start from that was tuned with another encoder."""
+        if prompt.encoder is None:
+            return
+        if ENCODER in prompt.trainable and not self.choice.trainable:
+            raise UserError(f"{where} was tuned together with its encoder; start from it with encoder_trainable")
+        try:
+            _check_same(self.backbone, prompt.encoder)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     def card(self) -> dict[str, Any]:
         """Returns what a saved prompt says of its encoder: the name, and the fingerprint of its weights."""
@@ -148,7 +173,7 @@ class SavedEncoders:
 
     Args:
       backbone: the model that the prompts are for.
-      given: a loaded encoder, in place of those that the prompts name.
+      given: a loaded encoder, in place of the one that prompts name; the backbone itself needs no other place.
     """
 
     def __init__(self, backbone: Backbone, given: Backbone | None = None) -> None:
@@ -163,21 +188,28 @@ class SavedEncoders:
         choice = prompt.method.encoder_choice()
         if choice is None:
             return None
-        weights, choice = prompt.trainable.get(ENCODER), choice._replace(trainable=False)
-        if choice not in self._loaded:
-            try:
-                self._loaded[choice] = _opened(prompt.method, choice, self._backbone, self._given)
-            except UserError as error:
-                remedy = "give the encoder that it was tuned with as encoder= or --encoder"
-                raise UserError(f"{error}; the prompt cannot be used without it: {remedy}") from None
-        encoder = self._loaded[choice]
-        if weights is None:
-            _check_same(encoder.backbone, prompt.encoder)
+        tuned, frozen = prompt.trainable.get(ENCODER), choice._replace(trainable=False)
+        if choice.trainable and tuned is None:
+            raise UserError("its method has encoder_trainable, and the encoder's weights are not among its tensors")
+        if frozen not in self._loaded:
+            self._loaded[frozen] = self._opened(prompt, frozen)
+        encoder = self._loaded[frozen]
+        _check_same(encoder.backbone, prompt.encoder)
+        if tuned is None:
             return encoder
+        weights = with_layout(tuned, encoder.backbone.config.scan_layers)
         if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, encoder.backbone.params):
             raise UserError(f"its tuned encoder's weights are not those of '{encoder.backbone.name}'")
-        tuned = dataclasses.replace(encoder.backbone, params=jax.tree.map(jnp.asarray, weights))
-        return TextEncoder(tuned, choice)
+        own = dataclasses.replace(encoder.backbone, params=jax.tree.map(jnp.asarray, weights))
+        return TextEncoder(own, frozen)
+
+    def _opened(self, prompt: Prompt, choice: EncoderChoice) -> TextEncoder:
+        given = None if choice.name == ITSELF else self._given
+        try:
+            return _opened(prompt.method, choice, self._backbone, given)
+        except UserError as error:
+            remedy = "give the encoder that it was tuned with as encoder= or --encoder"
+            raise UserError(f"{error}; the prompt cannot be used without it: {remedy}") from None
 
 
 def _check_same(encoder: Backbone, card: dict[str, Any] | None) -> None:

@@ -112,6 +112,8 @@ def _is_large(config: Any) -> bool:
 def _placement(config: Any, mesh: Any, rules: Any) -> Placement:
     """Returns where the model lies; its size is only counted where there is a choice."""
     if isinstance(mesh, Placement):
+        if rules is not None:
+            raise UserError("mesh is a Placement, which has rules of its own; leave out sharding_rules")
         return mesh
     weights = weight_bytes(config) if jax.device_count() > 1 and mesh == "auto" else None
     return Placement.over(mesh=mesh, rules=rules, config=config, weight_bytes=weights)

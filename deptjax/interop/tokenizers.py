@@ -33,6 +33,9 @@ _USUAL_SPECIAL_TOKENS = {
     "eos_token": ("</s>", "<eos>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>"),
     "unk_token": ("<unk>", "[UNK]"),
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "mask_token": ("<mask>", "[MASK]"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
 }
 PRE_TOKENIZERS = ("smollm", "llama-bpe", "gpt-2", "default")
 

@@ -82,9 +82,7 @@ class ATTEMPT(InputMethod):
     prompt_text: str = initializers.DEFAULT_TEXT
 
     def __post_init__(self) -> None:
-        for name in ("prompt_length", "bottleneck"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{self.kind}: {name} is {getattr(self, name)}; it must be at least 1")
+        self.check_positive("prompt_length", "bottleneck")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"{self.kind}: temperature is {self.temperature}; it must be above 0, and finite")
         if not self.places:
@@ -120,7 +118,7 @@ class ATTEMPT(InputMethod):
 
     def _source(self, place: str, vocabulary: Vocabulary) -> Array:
         try:
-            prompt = initializers.saved_prompt(place, vocabulary.embedding.shape[1])
+            prompt = initializers.saved_prompt(place, vocabulary.embedding.shape[1], alone=True)
         except UserError as error:
             raise UserError(f"{self.kind}: sources: {error}") from None
         if len(prompt) != self.prompt_length:

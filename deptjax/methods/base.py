@@ -202,6 +202,13 @@ class Method:
         """Returns the method at its defaults, for what is asked of no run in particular."""
         return cls()
 
+    def check_positive(self, *names: str) -> None:
+        """Raises `UserError` for one of these fields that is given and below 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
+
     def check_sizes(self) -> None:
         """Raises `UserError` for a size that is given and below 1."""
         for name in (*self.sizes, *self.more_sizes):

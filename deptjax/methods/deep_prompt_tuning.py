@@ -89,6 +89,11 @@ class DeepPromptTuning(Method):
         if self.mode not in MODES:
             known = " or ".join(MODES)
             raise UserError(f"{self.kind}: mode '{self.mode}' is not {known}.{nearest(self.mode, MODES)}")
+        if self.mode == "replace" and (self.prompt_init, self.prompt_text) != ("text", initializers.DEFAULT_TEXT):
+            raise UserError(
+                f"{self.kind}: with mode 'replace' all vectors start at random, so prompt_init and prompt_text have no "
+                "use; leave them out, or take mode 'add'"
+            )
 
     def sites(self) -> Sites:
         return Sites(input=self._front if self.mode == "add" else PromptPlaces(self.prompt_length), stream=self.fill)

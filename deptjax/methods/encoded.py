@@ -50,13 +50,6 @@ class EncodedMethod(InputMethod):
         self.check_positive("encoder_length", "encoder_width")
         super().__post_init__()
 
-    def check_positive(self, *names: str) -> None:
-        """Raises `UserError` for one of these fields that is given and below 1."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
-
     def check_share(self, *names: str) -> None:
         """Raises `UserError` for one of these fields that is not from 0 up to, not including, 1."""
         for name in names:

@@ -120,8 +120,8 @@ def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
     return jnp.resize(saved, (length, saved.shape[1])) if len(saved) < length else saved[:length]
 
 
-def saved_prompt(folder: str, width: int) -> Array:
-    """Returns the soft prompt (M, D) float32 in the folder of a saved prompt.
+def saved_prompt(folder: str, width: int, alone: bool = False) -> Array:
+    """Returns the soft prompt (M, D) float32 in the folder of a saved prompt; `alone`: of one that is nothing else.
 
     Raises `UserError` for a folder without one, a damaged file, and a prompt whose width is not `width`.
     """
@@ -132,9 +132,12 @@ def saved_prompt(folder: str, width: int) -> Array:
     if not path.exists():
         raise UserError(f"'{folder}' is not the folder of a saved prompt: it has no {_TENSORS}")
     try:
-        saved = load_file(path).get("input/prompt")
+        tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    saved, more = tensors.get("input/prompt"), sorted(set(tensors) - {"input/prompt"})
+    if alone and more:
+        raise UserError(f"{path} holds '{more[0]}' beside the soft prompt; choose a prompt of prompt_tuning")
     if saved is None:
         raise UserError(f"{path} holds no soft prompt (tensor 'input/prompt'); choose a prompt of a prompt method")
     if saved.shape[1] != width:

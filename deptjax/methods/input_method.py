@@ -25,14 +25,15 @@ class InputMethod(Method, nn.Module):
         raise NotImplementedError
 
     def __call__(
-        self, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+        self, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"], encoding: Float[Array, "B H"] | None = None
     ) -> tuple[Float[Array, "B M+T D"], Bool[Array, "B M+T"]]:
         """Returns the embeddings with the prompt in front, and the mask to match.
 
         For use with anybody's model. Text may be padded on either side: a token's place is counted by `mask`.
+        `encoding` is what an encoder makes of each text, for a method that asks for one.
         """
         positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
-        prompt, embeds = self.streams(embeds, Texts(mask, positions))
+        prompt, embeds = self.streams(embeds, Texts(mask, positions, encoding))
         if prompt is None:
             return embeds, mask
         prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape[-2:]))

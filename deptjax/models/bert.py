@@ -89,6 +89,14 @@ class BertConfig(layers.EvenHeads):
         """The positions that the model has vectors for: prompt and text together."""
         return self.max_positions
 
+    def check_fills(self) -> None:
+        """Raises `UserError` for a checkpoint that is an encoder alone, and cannot be tuned to fill a mask."""
+        if not self.has_masked_head:
+            raise UserError(
+                "this checkpoint has no masked-language-modelling head and is an encoder alone; take one that has"
+                " (a BertForMaskedLM or RobertaForMaskedLM)"
+            )
+
     def make(self, sites: Sites = NO_SITES) -> Bert:
         """Returns the Linen module with these sites filled."""
         return Bert(self, sites)
@@ -303,11 +311,7 @@ class Bert(nn.Module):
         )
 
     def _check_fills(self) -> None:
-        if not self.config.has_masked_head:
-            raise UserError(
-                "this checkpoint has no masked-language-modelling head and is an encoder alone; take one that has"
-                " (a BertForMaskedLM or RobertaForMaskedLM)"
-            )
+        self.config.check_fills()
         if self.config.mask_token is None:
             raise UserError("the tokenizer has no mask token; take the tokenizer that belongs to the model")
 

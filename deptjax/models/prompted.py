@@ -158,6 +158,11 @@ class PromptedModel:
         if "input" in trainable:
             trainable["input"] = self.method.initialize(start_key, trainable["input"], vocabulary)
         if encoder is not None:
+            if any_quantized(encoder):
+                raise UserError(
+                    f"method '{self.method.kind}': encoder_trainable tunes every weight of the encoder, which quantised"
+                    " ones are not for; leave out quantize (--quantize), or name an encoder of its own"
+                )
             trainable[ENCODER] = jax.tree.map(lambda a: a.astype(jnp.float32), encoder)
         return trainable, frozen
 

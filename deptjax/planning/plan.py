@@ -175,9 +175,7 @@ def make_plan(
     """
     train = TrainConfig() if train is None else train
     config, method = dataclasses.replace(config, remat=train.remat), method.resolve(config.width)
-    if isinstance(
-        config, BertConfig
-    ):  # one place is filled, and nothing that is compiled depends on the id of its token
+    if isinstance(config, BertConfig):  # one place is filled, and which token it holds is no part of the program
         config, rows = dataclasses.replace(config, mask_token=0), rows._replace(targets=1)
     check_rows(model, config, method, placement, rows)
     prompted = PromptedModel(config.make(method.sites()), method, train.share_prompt)

@@ -19,6 +19,7 @@ from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.data.tasks import Task, get_task
 from deptjax.distributed import first_host, on_first_host, together
 from deptjax.errors import UserError
+from deptjax.inference.text_encoder import encoder_of
 from deptjax.memory import PeakMemory
 from deptjax.methods.base import Method
 from deptjax.models.backbone import Backbone
@@ -68,6 +69,7 @@ def train(
     progress: bool | None = None,
     placement: Placement | None = None,
     notes: Mapping[str, str] | None = None,
+    encoder: Backbone | None = None,
     **settings: Any,
 ) -> Run:
     """Tunes `method` on `backbone` for `task`, and keeps everything in `workdir`.
@@ -83,6 +85,7 @@ def train(
       progress: whether to draw a progress bar; `None` draws one on a terminal, `False` prints nothing at all.
       placement: the devices; by default those that the backbone lies on.
       notes: texts to put into the folder of a new run, by file name.
+      encoder: a loaded encoder for a method that has one, in place of the one that it names.
       **settings: the fields of `TrainConfig`.
 
     Raises:
@@ -93,7 +96,8 @@ def train(
     placement = placement or backbone.placement or Placement.over(config=backbone.config)
     placement.check_batch_size(config.batch_size)
     announce(placement, progress)
-    tuning = Tuning.prepare(backbone, method, get_task(task) if isinstance(task, str) else task, config)
+    reader = encoder_of(method, backbone, encoder)
+    tuning = Tuning.prepare(backbone, method, get_task(task) if isinstance(task, str) else task, config, encoder=reader)
     trainable, frozen, step_key = tuning.start()
     tx = tuning.optimizer(trainable)
     trained = count_trained(trainable, tuning.model.method.groups(trainable))

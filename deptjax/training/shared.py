@@ -106,6 +106,9 @@ def train_shared(
     state = placement.put(state, placement.of_trainable(state, {}))
     frozen = placement.put(frozen, placement.of_backbone(frozen))
     teacher = PromptedModel.build(backbone, PromptTuning(method.prompt_length), config.share_prompt)
+    bare = [tuning.task.name for tuning in tunings if config.eval_every and not tuning.encoded.dev]
+    if 0 < len(bare) < len(tunings):
+        raise UserError(f"task '{bare[0]}' has no dev rows, and others have; give it some, or set eval_every to 0")
     evaluators = [tuning.evaluator(placement) for tuning in tunings]
 
     def evaluate(trainable: Tree) -> dict[str, float]:
@@ -240,7 +243,13 @@ def _save(folder: RunFolder, tunings: Sequence[Tuning], trainable: Tree, metrics
     own, first = trainable["input"], tunings[0]
     mean = {"input": {"prompt": own["prompt"], **{name: np.mean(own[name], axis=0) for name in ("u", "v")}}}
     shared = Prompt(
-        first.model.method, mean, first.backbone.name, first.backbone.fingerprint, task={}, metrics=dict(metrics)
+        method=first.model.method,
+        trainable=mean,
+        backbone=first.backbone.name,
+        fingerprint=first.backbone.fingerprint,
+        task={},
+        metrics=dict(metrics),
+        settings={"shared": True},
     )
     prompts = {folder.prompt: shared}
     for number, tuning in enumerate(tunings):

@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from deptjax.errors import UserError, nearest
-from deptjax.methods.base import Method
+from deptjax.methods.base import ENCODER, FIXED, Method
 from deptjax.prompt import Prompt
 from deptjax.typing import Tree
 
@@ -53,10 +53,17 @@ def started_from(
     started = dict(own)
     for path, first in own.items():
         name = path[-1]
-        if parts is not None and name not in parts:
-            continue
+        if (parts is not None and name not in parts) or (parts is None and method.group(path) == FIXED):
+            continue  # what a method brings with it is this run's own
+        if path[0] == ENCODER and ENCODER not in source.trainable and parts is None:
+            continue  # the source's encoder was frozen: this run's starts where that one stood
         if path not in given:
             there = ", ".join(dict.fromkeys(path[-1] for path in given))
+            if not set(names) & {path[-1] for path in given}:
+                raise UserError(
+                    f"{where} is a prompt of '{source.method.kind}' ({there}), of which '{method.kind}' has nothing; a "
+                    "run saves its prompt without the network that made it, so start a run of that method from it"
+                )
             raise UserError(
                 f"{where} (method '{source.method.kind}') has no {'/'.join(path)}; it has {there}: name in start_parts "
                 "what to start from"

@@ -86,7 +86,7 @@ class Tuning:
         computed = dataclasses.replace(backbone.config, remat=config.remat)
         encoder = encoder_of(method, backbone) if encoder is None else encoder
         method = method if encoder is None else method.with_encoding_width(encoder.width)
-        tuned = encoder.encoding if encoder is not None and encoder.choice.trainable else None
+        tuned = encoder.tuned(config.remat) if encoder is not None and encoder.choice.trainable else None
         model = PromptedModel.build(
             dataclasses.replace(backbone, config=computed), method, config.share_prompt, encoding=tuned
         )
@@ -120,6 +120,8 @@ class Tuning:
             return None
         prompt = Prompt.load(self.config.start_from)
         prompt.check_backbone(self.backbone, self.config.start_from)
+        if self.encoder is not None:
+            self.encoder.check_start(prompt, self.config.start_from)
         return prompt.on(self.backbone)
 
     def optimizer(self, trainable: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:
@@ -253,6 +255,8 @@ def make_preprocessor(
     backbone: Backbone, method: Method, task: Task, config: TrainConfig, encoder: TextEncoder | None = None
 ) -> Preprocessor:
     """Returns the preprocessor of a run: the source limit is the method's, the user's, or 256 tokens."""
+    if backbone.config.is_masked:
+        backbone.config.check_fills()
     limit = method.source_limit()
     length = config.max_length or limit or DEFAULT_MAX_LENGTH
     if limit is not None and length > limit:

@@ -60,6 +60,9 @@ def test_a_budget_is_kept_and_used(deptjax: Command, model: str) -> None:
 
 
 def test_mistakes(deptjax: Command) -> None:
+    told = deptjax("methods", "--model", "smollm2-135m").out
+    assert "offset_part 256 does not divide" in " ".join(told.split())
+    assert "\nprompt_tuning " in told
     assert "is neither a known size" in deptjax("methods", "--model", "t5-bse").error
     assert "--budget" in deptjax("methods", "--budget", "many").error
     assert trained_parameters(SIZES["gpt2"], DePT()) == 76_800

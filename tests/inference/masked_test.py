@@ -120,7 +120,7 @@ def test_what_it_cannot_do_is_told_early(tmp_path: Path) -> None:
         tuned(backbone_of("llama"))
     with pytest.raises(UserError, match="no masked-language-modelling head and is an encoder alone"):
         tuned(tiny_bert(has_masked_head=False))
-    assert not (tmp_path / "run" / "prompt").exists()
+    assert not (tmp_path / "run").exists()
     prompt = review_prompt(case, **ENGLISH)
     with pytest.raises(UserError, match="decoding: a masked model fills one place and writes no text"):
         deptjax.Predictor(backbone, prompt, decoding=Decoding())

@@ -18,6 +18,7 @@ from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.inference.text_encoder import TextEncoder, encoder_of
 from deptjax.methods import IDPG, LoPA
 from deptjax.methods.base import EncoderChoice
+from deptjax.models.layout import with_layout
 from deptjax.models.pooling import pool
 from deptjax.prompt import Prompt
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
@@ -197,3 +198,46 @@ def test_an_encoder_reads_a_masked_models_text_without_its_mask(tmp_path: pathli
     assert scores == pytest.approx(Prompt.load(tmp_path / "run" / "prompt").metrics)
     assert seen
     assert not any(backbone.tokenizer.mask_token in text for text in seen)
+
+
+def test_what_cannot_be_used_is_told(tmp_path: pathlib.Path) -> None:
+    backbone = backbone_of("llama")
+    small = LoPA(prompt_length=2, rank=1, hidden=4, encoder_trainable=True)
+    with pytest.raises(UserError, match="encoder_trainable tunes every weight of the encoder, which quantised ones"):
+        train(backbone.quantized("int8"), small, review_task(), tmp_path / "run", **SMALL)
+    run = train(backbone, small, review_task(), tmp_path / "tuned", **SMALL)
+    assert run.prompt is not None
+    bare = dataclasses.replace(run.prompt, trainable={"input": run.prompt.trainable["input"]})
+    with pytest.raises(UserError, match="the encoder's weights are not among its tensors"):
+        Predictor(backbone, bare)
+    frozen = dataclasses.replace(small, encoder_trainable=False)
+    start = str(tmp_path / "tuned" / "prompt")
+    with pytest.raises(UserError, match="was tuned together with its encoder; start from it with encoder_trainable"):
+        train(backbone, frozen, review_task(), tmp_path / "next", start_from=start, **SMALL)
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_tuned_encoder_is_used_in_the_other_layout_of_layers(tmp_path: pathlib.Path) -> None:
+    method = LoPA(prompt_length=2, rank=1, hidden=4, encoder_trainable=True)
+    run = train(backbone_of("llama"), method, review_task(), tmp_path / "run", **SMALL)
+    assert run.prompt is not None
+    loop = backbone_of("llama")
+    config = dataclasses.replace(loop.config, scan_layers=True)
+    scan = dataclasses.replace(loop, config=config, params=with_layout(loop.params, scan_layers=True))
+    one, other = (Predictor(backbone, run.prompt)(TEXTS[:2]) for backbone in (loop, scan))
+    assert [a.scores for a in other] == [pytest.approx(a.scores, abs=1e-5) for a in one]
+
+
+def test_a_run_starts_from_one_with_a_frozen_encoder(tmp_path: pathlib.Path) -> None:
+    backbone, frozen = backbone_of("llama"), LoPA(prompt_length=2, rank=1, hidden=4)
+    train(backbone, frozen, review_task(), tmp_path / "frozen", **SMALL)
+    tuned = dataclasses.replace(frozen, encoder_trainable=True)
+    start, rates = str(tmp_path / "frozen" / "prompt"), {"prompt_lr": 1e-12, "low_rank_lr": 1e-12}
+    settings = {**SMALL, "steps": 1, "eval_every": 0, **rates}
+    run = train(backbone, tuned, review_task(), tmp_path / "tuned", start_from=start, **settings)
+    assert run.prompt is not None
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        run.prompt.trainable["input"],
+        Prompt.load(start).trainable["input"],
+    )

@@ -104,5 +104,9 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
     )
     assert "has 5 vectors, and prompt_length is 4; give it the length" in told(source_prompts("llama"), 4)
     assert "has width 24, the backbone 23; choose a prompt of this backbone" in told(source_prompts("llama"), 5, "t5")
+    case_of("llama", "dept").prompt().save(tmp_path / "dept")
+    assert "holds 'input/lora_a' beside the soft prompt; choose a prompt of prompt_tuning" in told(
+        str(tmp_path / "dept")
+    )
     assert not (tmp_path / "run").exists()
     assert ATTEMPT(sources="a").group(("sources",)) == FIXED

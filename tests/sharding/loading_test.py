@@ -123,4 +123,12 @@ def test_large_parameters_of_a_method_lie_as_the_kernels_beside_them() -> None:
     assert trainable_axes(("input", "lora_a"), 2, axes) == (None, None)
     assert trainable_axes(("backbone", "layers_0", "attention", "query", "kernel"), 2, {}) == ("embed", "heads")
     assert trainable_axes(("opt_state", "backbone", "0", "count"), 0, {}) == ()
+    for path in (("trainable",), ("opt_state", "inner_states", "backbone", "0", "mu")):
+        assert trainable_axes((*path, "encoder", "layers_0", "attention", "query", "kernel"), 2, {}) == (
+            "embed",
+            "heads",
+        )
+        t5 = (*path, "backbone", "encoder", "layers_0", "attention", "query", "kernel")
+        assert trainable_axes(t5, 2, {}) == ("embed", "heads")
+        assert trainable_axes((*path, "input", "rows", "up", "kernel"), 2, {}) == (None, None)
     assert trainable_axes(("opt_state", "backbone", "0", "count"), 1, {}, members=True) == ("members",)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deptjax.errors import UserError
-from deptjax.inference.predictor import evaluate
+from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.methods import MPT, PromptTuning
 from deptjax.models.prompted import PromptedModel
 from deptjax.prompt import Prompt
@@ -143,6 +143,8 @@ def test_a_target_task_starts_from_it(shared: Run, tmp_path: pathlib.Path) -> No
     assert run.prompt is not None
     wanted = start["prompt"] * np.outer(start["u"], start["v"])
     np.testing.assert_allclose(run.prompt.trainable["input"]["prompt"], wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="is shared by tasks, for runs to start from"):
+        Predictor(backbone_of("llama"), shared.workdir / "prompt")
     assert of_task({"input": {"prompt": 1, "u": [2, 3], "v": [4, 5]}}, 1) == {"input": {"prompt": 1, "u": 3, "v": 5}}
 
 
