@@ -104,6 +104,8 @@ class Case:
     def logits(self) -> Callable[..., jax.Array]:
         """The model's `target_logits`, jitted; the encoder of a method that has one reads the texts before."""
         run = jax.jit(self.model.target_logits)
+        if self.model.method.encoder_choice() is None:
+            return run
         return lambda trainable, frozen, batch: run(trainable, frozen, self.read(batch))
 
     @functools.cached_property
@@ -115,6 +117,8 @@ class Case:
     def step(self) -> Callable[..., Any]:
         """A training step over the whole vocabulary, without dropout."""
         run = make_train_step(make_loss(self.model), self.tx)
+        if self.model.method.encoder_choice() is None:
+            return run
         return lambda state, frozen, batch: run(state, frozen, self.read(batch))
 
     def read(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -70,7 +70,7 @@ def test_methods_in_one_table_over_a_mesh(model: pathlib.Path, tmp_path: pathlib
         (("--model", "gpt2", "--topology", "v5e:4x5"), r"topology 'v5e:4x5' does not exist.*Did you mean 'v5e:4x4'\?"),
         (("--model", "gpt2", "--mesh", "fsdp:3"), r"mesh fsdp:3 is of 3 devices, and the number of devices is 1"),
         (("--model", "gpt2", "--length", "300"), r"length 300 is more than the 256 of the method; raise the method's"),
-        (("--model", "gpt2", "--method", "dpt"), r"unknown method 'dpt'.*Did you mean 'dept'\?"),
+        (("--model", "gpt2", "--method", "deppt"), r"unknown method 'deppt'.*Did you mean 'dept'\?"),
         (("--model", "gpt2", "--compare", "dept,lra"), r"unknown method 'lra'.*Did you mean 'lora'\?"),
         (("--model", "gpt2", "--compare", "dept", "--method", "lora"), r"--method and --compare both say"),
         (("--model", "gpt2", "--compare", "lora,full", "--prompt-length", "4"), r"--prompt-length: none of lora, full"),

@@ -250,7 +250,7 @@ def test_a_signal_stops_the_suite_and_the_same_command_goes_on(asked: list[objec
         (("--suite", "packaged", "--tasks", "films"), "--suite and --tasks both name the tasks; keep one"),
         (("--tasks", "films,trek6"), "no task is named 'trek6'"),
         (("--tasks", "films,films"), "method 'prompt_tuning' on task 'films' is named twice"),
-        (("--methods", "lora,dpet"), "Did you mean 'dept'?"),
+        (("--methods", "lora,deppt"), "Did you mean 'dept'?"),
         (("--methods", ""), "no methods; name some with --methods dept,lora"),
         (("--seeds", "0,1,0"), "seed 0 is named twice; keep one"),
         (("--seeds", "0,one"), "--seeds: seed 'one' is not a whole number"),

@@ -189,7 +189,7 @@ def test_one_bad_prompt_of_several_leaves_no_place_taken() -> None:
     checked = {"new": served._checked("new", PROMPTS["few"]), "wrong": served._checked("wrong", PROMPTS["few"])}
     wrong = dataclasses.replace(checked["wrong"][0], trainable={"input": {}})
     with pytest.raises(ValueError, match="prompt 'wrong#5': tensor 'input/"):
-        served._publish({**checked, "wrong": (wrong, checked["wrong"][1])})
+        served._publish({**checked, "wrong": checked["wrong"]._replace(prompt=wrong)})
     assert (predict.tasks, len(bank)) == (["a", "few", "more"], 3)
 
 

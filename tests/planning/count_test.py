@@ -112,7 +112,7 @@ def step_cost(layers: int, scan: bool) -> tuple[Cost, dict[str, float]]:
     method = DePT(prompt_length=8, rank=4, max_length=48)
     model = PromptedModel(config.make(method.sites()), method)
     frozen, trainable = abstract_trees(config, model)
-    return both(jax.value_and_grad(make_loss(model)), trainable, frozen, _batch(Rows(4, 48, 4)), None)
+    return both(jax.value_and_grad(make_loss(model)), trainable, frozen, _batch(Rows(4, 48, 4), method), None)
 
 
 def test_a_model_layer_by_layer_costs_what_xla_says() -> None:
