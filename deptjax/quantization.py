@@ -34,7 +34,7 @@ from deptjax.typing import Array, Float, Tree
 if TYPE_CHECKING:
     from qwix import QArray  # imported where it is used: a run without quantisation has no need of it
 
-_BLOCK = 1 << 22  # values quantised together: what is in memory beside a kernel and its quantised form
+_BLOCK = 1 << 18  # values quantised together: what is in memory beside a kernel and its quantised form
 
 
 @dataclasses.dataclass(frozen=True)
