@@ -34,7 +34,6 @@ from deptjax.planning.count import Cost, count
 from deptjax.quantization import quantize_tree
 from deptjax.sharding import Placement
 from deptjax.training.config import TrainConfig
-from deptjax.training.optim import make_optimizer
 from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import make_loss, make_train_step
 from deptjax.typing import Tree
@@ -180,14 +179,7 @@ def make_plan(
     check_rows(model, config, method, placement, rows)
     prompted = PromptedModel(config.make(method.sites()), method, train.share_prompt)
     frozen, trainable = abstract_trees(config, prompted)
-    tx = make_optimizer(
-        train.schedules(train.learning_rates(method.learning_rates(1.0))),
-        method.groups(trainable),
-        clip_norm=train.clip_norm,
-        weight_decay=train.weight_decay,
-        eps=train.adam_eps,
-        accumulate=train.accumulate,
-    )
+    tx = train.optimizer(train.learning_rates(method.learning_rates(1.0)), method.groups(trainable))
     state = jax.eval_shape(lambda tree: TrainState.create(tree, tx, jax.random.key(0)), trainable)
     state = _placed(state, placement.of_trainable(state, method.axes))
     frozen = _placed(frozen, placement.of_backbone(frozen))

@@ -14,9 +14,12 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import optax
+
 from deptjax.errors import UserError, nearest
 from deptjax.models.remat import REMAT
-from deptjax.training.optim import SCHEDULES, default_warmup, make_schedule
+from deptjax.training.optim import SCHEDULES, default_warmup, make_optimizer, make_schedule
+from deptjax.typing import Tree
 
 # Fields that change how a run is computed and not what it computes: they are no part of its identity.
 NOT_IDENTITY = ("remat", "profile")
@@ -194,3 +197,14 @@ class TrainConfig:
             kind = getattr(self, f"{group}_schedule", None) or self.schedule
             schedules[group] = make_schedule(kind, rate, self.steps, common if own_warmup is None else own_warmup)
         return schedules
+
+    def optimizer(self, rates: dict[str, Any], groups: Tree) -> optax.GradientTransformation:
+        """Returns the optimiser of a tree with these groups (`Method.groups`), given the peak rate of each."""
+        return make_optimizer(
+            self.schedules(rates),
+            groups,
+            clip_norm=self.clip_norm,
+            weight_decay=self.weight_decay,
+            eps=self.adam_eps,
+            accumulate=self.accumulate,
+        )

@@ -136,8 +136,8 @@ def train_population(
 
     starts = [tuning.start() for tuning in tunings]
     trainable, frozen = starts[0][0], placement.put(starts[0][1], placement.of_backbone(starts[0][1]))
-    axes = first.model.method.axes
-    tx = first.optimizer(trainable)
+    axes, groups = first.model.method.axes, first.model.method.groups(trainable)
+    tx = first.optimizer(groups)
     stacked = stack_states([TrainState.create(own, tx, key) for own, _, key in starts])
     streams, stream_of = _streams(tunings, placement)
     evaluators = {id(tuning.encoded): tuning.evaluator(placement) for tuning in tunings}
@@ -168,7 +168,7 @@ def train_population(
             checkpoints=checkpoints,
             step_fn=make_population_step(
                 first.model,
-                lambda peaks: first.optimizer(trainable, peaks),
+                lambda peaks: first.optimizer(groups, peaks),
                 dropout=config.dropout,
                 placement=placement,
             ),
@@ -184,7 +184,7 @@ def train_population(
         )
         with PeakMemory() as peak:
             outcome = loop.run(placed(stacked), so_far)
-        parameters = count_trained(trainable, first.model.method.groups(trainable))
+        parameters = count_trained(trainable, groups)
         return _finish(own_folder, member_folders, chosen, outcome, parameters, peak.mib)
 
 

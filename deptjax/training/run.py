@@ -99,8 +99,8 @@ def train(
     reader = encoder_of(method, backbone, encoder)
     tuning = Tuning.prepare(backbone, method, get_task(task) if isinstance(task, str) else task, config, encoder=reader)
     trainable, frozen, step_key = tuning.start()
-    tx = tuning.optimizer(trainable)
-    trained = count_trained(trainable, tuning.model.method.groups(trainable))
+    groups = tuning.model.method.groups(trainable)
+    tx, trained = tuning.optimizer(groups), count_trained(trainable, groups)
     # A copy, because a step reuses the memory of its state, and full fine-tuning starts from the backbone's own arrays.
     state = TrainState.create(jax.tree.map(jnp.copy, trainable), tx, step_key)
     state = placement.put(state, placement.of_trainable(state, tuning.model.method.axes))

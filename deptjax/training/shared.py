@@ -34,7 +34,6 @@ from deptjax.sharding import Placement, to_host
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder
 from deptjax.training.losses import target_loss
-from deptjax.training.optim import make_optimizer
 from deptjax.training.run import Run, Work, announce, carry_out
 from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import LossFn, make_train_step
@@ -94,14 +93,7 @@ def train_shared(
     start, frozen, step_key = first.start()
     trainable = _stacked(start, [prompt.trainable["input"]["prompt"] for prompt in prompts])
     groups = {"input": {**first.model.method.groups(start)["input"], TEACHERS: FIXED}}
-    tx = make_optimizer(
-        first.schedules,
-        groups,
-        clip_norm=config.clip_norm,
-        weight_decay=config.weight_decay,
-        eps=config.adam_eps,
-        accumulate=config.accumulate,
-    )
+    tx = first.optimizer(groups)
     state = TrainState.create(trainable, tx, step_key)
     state = placement.put(state, placement.of_trainable(state, {}))
     frozen = placement.put(frozen, placement.of_backbone(frozen))

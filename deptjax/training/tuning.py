@@ -30,7 +30,6 @@ from deptjax.models.prompted import PromptedModel, check_context
 from deptjax.prompt import Prompt
 from deptjax.sharding import Placement, to_host
 from deptjax.training.config import TrainConfig
-from deptjax.training.optim import make_optimizer
 from deptjax.training.transfer import started_from
 from deptjax.typing import Array, Key, Tree
 
@@ -124,16 +123,9 @@ class Tuning:
             self.encoder.check_start(prompt, self.config.start_from)
         return prompt.on(self.backbone)
 
-    def optimizer(self, trainable: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:
-        """Returns the optimiser of a tree like `trainable`; `peaks`, perhaps traced, take the place of `rates`."""
-        return make_optimizer(
-            self.config.schedules(self.rates if peaks is None else peaks),
-            self.model.method.groups(trainable),
-            clip_norm=self.config.clip_norm,
-            weight_decay=self.config.weight_decay,
-            eps=self.config.adam_eps,
-            accumulate=self.config.accumulate,
-        )
+    def optimizer(self, groups: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:
+        """Returns the optimiser of a tree with these groups; `peaks`, perhaps traced, take the place of `rates`."""
+        return self.config.optimizer(self.rates if peaks is None else peaks, groups)
 
     @functools.cached_property
     def label_tokens(self) -> Array | None:
