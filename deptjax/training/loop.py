@@ -8,7 +8,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,7 +77,7 @@ class Loop:
       checkpoints: of this run.
       step_fn: `step(state, frozen, batch, go) -> (state, metrics)`, as in `make_update`.
       frozen: the frozen tree.
-      batches: an iterator with `get_state`.
+      batches: an iterator with `get_state` and `set_state`.
       put_batch: places a batch on the devices.
       rates: schedules of the learning-rate groups, for the logs.
       evaluate: returns the dev metrics of a trainable tree, the one that selects the best first; or `None`.
@@ -90,7 +90,7 @@ class Loop:
     checkpoints: Checkpoints
     step_fn: Callable[[TrainState, Tree, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     frozen: Tree
-    batches: Iterator[Any]
+    batches: Any
     put_batch: Callable[[Any], Any]
     rates: dict[str, Callable[[Any], Any]]
     evaluate: Callable[[Tree], dict[str, float]] | None

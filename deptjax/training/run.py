@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -110,85 +109,66 @@ def train(
     def evaluate(trainable: Tree) -> dict[str, float]:
         return tuning.evaluate(evaluator, trainable, frozen)
 
-    def save_prompt(folder: RunFolder, trainable: Tree, metrics: dict[str, float]) -> None:
-        prompt = tuning.prompt(trainable, metrics)  # gathered from all hosts
-        if first_host():
-            with disk_errors(folder.prompt):
-                prompt.save(folder.prompt)
-
     loss = make_loss(tuning.model, tuning.label_tokens, dropout=config.dropout)
-    work = Work(
-        step_fn=make_train_step(loss, tx, placement, tuning.model.method.axes),
-        state=state,
-        frozen=frozen,
-        batches=tuning.batches(tuning.buckets, placement),
-        put_batch=lambda batch: placement.put_batch(tuning.read(batch)),
-        rates=tuning.schedules,
-        evaluate=evaluate if tuning.encoded.dev and config.eval_every else None,
-        save_prompt=save_prompt,
-        trained=trained,
-    )
-    return carry_out(work, config, workdir, tuning.identity(), placement, progress, notes)
+    step_fn = make_train_step(loss, tx, placement, tuning.model.method.axes)
+    batches = tuning.batches(tuning.buckets, placement)
 
+    def make_loop(folder: RunFolder, checkpoints: Checkpoints) -> Loop:
+        def save_prompt(trainable: Tree, metrics: dict[str, float]) -> None:
+            prompt = tuning.prompt(trainable, metrics)  # gathered from all hosts
+            if first_host():
+                with disk_errors(folder.prompt):
+                    prompt.save(folder.prompt)
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a run does, whatever it tunes: the fields of `Loop` that are its own, and where it starts.
+        return Loop(
+            config=config,
+            folder=folder,
+            checkpoints=checkpoints,
+            step_fn=step_fn,
+            frozen=frozen,
+            batches=batches,
+            put_batch=lambda batch: placement.put_batch(tuning.read(batch)),
+            rates=tuning.schedules,
+            evaluate=evaluate if tuning.encoded.dev and config.eval_every else None,
+            save_prompt=save_prompt,
+            bar=progress,
+        )
 
-    `save_prompt` is given the run's folder, the parameters and their metrics; `trained` is how many numbers are tuned.
-    """
-
-    step_fn: Callable[..., Any]
-    state: TrainState
-    frozen: Tree
-    batches: Any
-    put_batch: Callable[[Any], Any]
-    rates: dict[str, Callable[[Any], Any]]
-    evaluate: Callable[[Tree], dict[str, float]] | None
-    save_prompt: Callable[[RunFolder, Tree, dict[str, float]], None]
-    trained: int
+    return carry_out(make_loop, state, trained, placement, workdir, tuning.identity(), notes)
 
 
 def carry_out(
-    work: Work,
-    config: TrainConfig,
+    make_loop: Callable[[RunFolder, Checkpoints], Loop],
+    state: TrainState,
+    trained: int,
+    placement: Placement,
     workdir: str | os.PathLike[str],
     identity: dict[str, Any],
-    placement: Placement,
-    progress: bool | None,
     notes: Mapping[str, str] | None = None,
 ) -> Run:
-    """Starts a run in its folder, or goes on with it, and returns how it ended. Raises `UserError` as `train` does."""
+    """Starts a run in its folder, or goes on with it, and returns how it ended. Raises `UserError` as `train` does.
+
+    `make_loop` is given the run's folder and its checkpoints, and must not fail; `state` is where a new run starts,
+    and `trained` how many numbers it tunes.
+    """
     with contextlib.ExitStack() as stack:
         # Only now is a file written: what cannot be trained leaves no folder behind.
         folder = RunFolder(workdir, identity, notes)
         stack.callback(folder.close)
         checkpoints = Checkpoints(folder.checkpoints)
         stack.callback(checkpoints.close)
-        loop = Loop(
-            config=config,
-            folder=folder,
-            checkpoints=checkpoints,
-            step_fn=work.step_fn,
-            frozen=work.frozen,
-            batches=work.batches,
-            put_batch=work.put_batch,
-            rates=work.rates,
-            evaluate=work.evaluate,
-            save_prompt=functools.partial(work.save_prompt, folder),
-            bar=progress,
-        )
-        state, so_far = work.state, Progress(data=work.batches.get_state())
+        loop = make_loop(folder, checkpoints)
+        so_far = Progress(data=loop.batches.get_state())
         if checkpoints.latest is not None:
             state, saved = checkpoints.restore(state)
             so_far = Progress(**saved)
-            work.batches.set_state(so_far.data)
+            loop.batches.set_state(so_far.data)
         elif folder.result.exists():  # of a population's member, or of a run whose checkpoints were removed
-            return _finish(folder, _ended(folder, state, so_far, config.steps), work.trained, 0.0)
-        so_far.move(str(placement), told=progress is not False)
+            return _finish(folder, _ended(folder, state, so_far, loop.config.steps), trained, 0.0)
+        so_far.move(str(placement), told=loop.bar is not False)
         with PeakMemory() as peak:
             outcome = loop.run(state, so_far)
-        return _finish(folder, outcome, work.trained, peak.mib)
+        return _finish(folder, outcome, trained, peak.mib)
 
 
 def announce(placement: Placement, progress: bool | None) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deptjax.checkpoint import disk_errors
+from deptjax.checkpoint import Checkpoints, disk_errors
 from deptjax.data.tasks import Task, get_task
 from deptjax.distributed import first_host, together
 from deptjax.errors import UserError
@@ -33,8 +33,9 @@ from deptjax.prompt import Prompt
 from deptjax.sharding import Placement, to_host
 from deptjax.training.config import TrainConfig
 from deptjax.training.folder import RunFolder
+from deptjax.training.loop import Loop
 from deptjax.training.losses import target_loss
-from deptjax.training.run import Run, Work, announce, carry_out
+from deptjax.training.run import Run, announce, carry_out
 from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import LossFn, make_train_step
 from deptjax.training.tuning import Tuning
@@ -106,26 +107,31 @@ def train_shared(
     def evaluate(trainable: Tree) -> dict[str, float]:
         return _evaluated(tunings, evaluators, trainable, frozen)
 
-    def save_prompt(folder: RunFolder, trainable: Tree, metrics: dict[str, float]) -> None:
-        _save(folder, tunings, to_host(trainable), metrics)
-
-    work = Work(
-        step_fn=make_train_step(make_shared_loss(first.model, teacher, distill, config.dropout), tx, placement, {}),
-        state=state,
-        frozen=frozen,
-        batches=InTurn([tuning.batches(tuning.buckets, placement) for tuning in tunings]),
-        put_batch=placement.put_batch,
-        rates=first.schedules,
-        evaluate=evaluate if config.eval_every and all(tuning.encoded.dev for tuning in tunings) else None,
-        save_prompt=save_prompt,
-        trained=count_trained(trainable, groups),
-    )
+    loss = make_shared_loss(first.model, teacher, distill, config.dropout)
+    step_fn = make_train_step(loss, tx, placement, {})
+    batches = InTurn([tuning.batches(tuning.buckets, placement) for tuning in tunings])
     identity = {
         "shared": {tuning.task.name: tuning.identity() for tuning in tunings},
         "teachers": [prompt.with_run_id().run_id for prompt in prompts],
         "distill": distill,
     }
-    return carry_out(work, config, workdir, identity, placement, progress)
+
+    def make_loop(folder: RunFolder, checkpoints: Checkpoints) -> Loop:
+        return Loop(
+            config=config,
+            folder=folder,
+            checkpoints=checkpoints,
+            step_fn=step_fn,
+            frozen=frozen,
+            batches=batches,
+            put_batch=placement.put_batch,
+            rates=first.schedules,
+            evaluate=evaluate if config.eval_every and all(tuning.encoded.dev for tuning in tunings) else None,
+            save_prompt=lambda trainable, metrics: _save(folder, tunings, to_host(trainable), metrics),
+            bar=progress,
+        )
+
+    return carry_out(make_loop, state, count_trained(trainable, groups), placement, workdir, identity)
 
 
 def _teachers(backbone: Backbone, names: Sequence[str], teachers: Mapping[str, Source]) -> list[Prompt]:
