@@ -135,15 +135,9 @@ class ACCEPT(InputMethod):
         weights, codebook = initializers.fitted_factors(parts, params["prompt_codebook"])
         return {**params, "prompt_weights": weights.swapaxes(0, 1), "prompt_codebook": codebook}
 
-    def group(self, path: tuple[str, ...]) -> str:
-        return "prompt" if path[-1].startswith("prompt") else "low_rank"
-
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         # 5e-3 is the largest of the authors' rates for the added part, as it is of DePT's; see there.
         return {"prompt": prompt_lr, "low_rank": min(5e-3, 1.25 * prompt_lr)}
 
     def source_limit(self) -> int:
         return self.max_length
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length

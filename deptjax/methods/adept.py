@@ -100,11 +100,5 @@ class ADePT(InputMethod):
         w1, b1, w2, b2 = (a.astype(embeds.dtype) for a in (w1, b1, w2, b2))
         return prompt.astype(embeds.dtype), embeds + adept_offset(embeds, w1, b1, w2, b2)
 
-    def group(self, path: tuple[str, ...]) -> str:
-        return "prompt" if path[-1] == "prompt" else "low_rank"
-
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         return {"prompt": prompt_lr, "low_rank": 1e-4}  # the authors' for the net, whatever the prompt's
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length

@@ -129,10 +129,7 @@ class ATTEMPT(InputMethod):
         return prompt
 
     def group(self, path: tuple[str, ...]) -> str:
-        return {"prompt": "prompt", "sources": FIXED}.get(path[-1], "low_rank")
+        return FIXED if path[-1] == "sources" else super().group(path)
 
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         return {"prompt": prompt_lr, "low_rank": min(1e-3, prompt_lr)}
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length

@@ -138,9 +138,6 @@ class DePT(InputMethod):
         offset = dept_offset(rows, b, scaling_factor(self.scaling, self.alpha, rank))
         return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
 
-    def group(self, path: tuple[str, ...]) -> str:
-        return "prompt" if path[-1] == "prompt" else "low_rank"
-
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         # 5e-3 is the first of the authors' low-rank rates on T5; where embeddings are small, so must the offsets be.
         return {"prompt": prompt_lr, "low_rank": min(5e-3, 1.25 * prompt_lr)}
@@ -150,6 +147,3 @@ class DePT(InputMethod):
 
     def source_limit(self) -> int:
         return self.max_length
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length

@@ -69,11 +69,5 @@ class DPT(InputMethod):
         u, v = initializers.fitted_factors(start, params["prompt_v"])
         return {**params, "prompt_u": u, "prompt_v": v}
 
-    def group(self, path: tuple[str, ...]) -> str:
-        return "prompt"
-
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         return {"prompt": prompt_lr}
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length

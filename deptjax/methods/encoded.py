@@ -75,9 +75,7 @@ class EncodedMethod(InputMethod):
         return self.encoder_width
 
     def group(self, path: tuple[str, ...]) -> str:
-        if path[0] == ENCODER:
-            return "backbone"
-        return "prompt" if path[-1] == "prompt" else "low_rank"
+        return "backbone" if path[0] == ENCODER else super().group(path)
 
     def encoder_rate(self) -> dict[str, float]:
         """Returns the rate of the encoder's own weights, where they are tuned: that of LoPA's authors on GLUE."""

@@ -119,6 +119,3 @@ class IDPG(EncodedMethod):
 
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         return {"prompt": prompt_lr, "low_rank": 1e-3, **self.encoder_rate()}
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length

@@ -11,7 +11,11 @@ from deptjax.typing import Array, Bool, Float, Key, Tree
 
 
 class InputMethod(Method, nn.Module):
-    """A method that is itself the Linen module of the `input` site. Subclasses define `streams`."""
+    """A method that is itself the Linen module of the `input` site. Subclasses define `streams`.
+
+    What is here fits a method with a prompt of `prompt_length` vectors, whose parameters have names that begin with
+    `prompt`, and which starts as `prompt_init` and `prompt_text` say.
+    """
 
     def __post_init__(self) -> None:
         self.check_sizes()
@@ -44,3 +48,9 @@ class InputMethod(Method, nn.Module):
         length = params["prompt"].shape[0]
         start = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, length, vocabulary)
         return {**params, "prompt": start}
+
+    def group(self, path: tuple[str, ...]) -> str:
+        return "prompt" if path[-1].startswith("prompt") else "low_rank"
+
+    def positions_in_front(self) -> int:
+        return int(self.prompt_length)

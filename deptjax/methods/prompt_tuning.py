@@ -43,11 +43,5 @@ class PromptTuning(InputMethod):
         prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, embeds.shape[-1]))
         return prompt.astype(embeds.dtype), embeds
 
-    def group(self, path: tuple[str, ...]) -> str:
-        return "prompt"
-
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         return {"prompt": prompt_lr}
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length

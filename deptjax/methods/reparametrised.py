@@ -45,9 +45,3 @@ class ReparametrisedPrompt(InputMethod):
         prompt = self.apply({"params": params}, params["prompt"].shape[-1], method="made_prompt")
         plain = PromptTuning(self.prompt_length, self.prompt_init, self.prompt_text)
         return plain, {"input": {"prompt": np.asarray(prompt)}}
-
-    def group(self, path: tuple[str, ...]) -> str:
-        return "prompt" if path[-1] == "prompt" else "low_rank"
-
-    def positions_in_front(self) -> int:
-        return self.prompt_length
