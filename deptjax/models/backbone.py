@@ -13,12 +13,13 @@ import ml_dtypes
 import numpy as np
 
 from deptjax.methods.base import Sites, Vocabulary
+from deptjax.models.config import BackboneConfig
 from deptjax.quantization import quantize_tree, tree_bytes
 from deptjax.sharding import Placement, to_host
 from deptjax.typing import Array, Tree
 
 # Fields of a config that change how the function is computed or trained, not which function it is.
-_NOT_FUNCTION = ("dtype", "quantize", "scan_layers", "remat", "dropout_rate", "attention")
+_NOT_FUNCTION = {"dropout_rate", *(field.name for field in dataclasses.fields(BackboneConfig))}
 _ROWS = 4096  # rows of the embedding table looked at together
 
 

@@ -31,7 +31,7 @@ from deptjax.errors import UserError
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, attend, front_bias, heads_in_front
-from deptjax.models.fused_attention import check_name
+from deptjax.models.config import EvenHeads, check_activation
 from deptjax.models.pooling import pool
 from deptjax.models.remat import rematerialised
 from deptjax.sharding import split_rows
@@ -39,12 +39,8 @@ from deptjax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig(layers.EvenHeads):
+class BertConfig(EvenHeads):
     """The shape of a BERT-family model.
-
-    `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
-    `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
-    (`deptjax.models.remat`).
 
     `max_positions` are those of a prompt and its text together. The table of positions has `position_offset` rows more,
     in front: RoBERTa's first token stands at row pad id + 1. `has_pooler` and `has_masked_head` say which layers the
@@ -54,7 +50,6 @@ class BertConfig(layers.EvenHeads):
     """
 
     family: ClassVar[str] = "bert"
-    is_encoder_decoder: ClassVar[bool] = False
     is_masked: ClassVar[bool] = True
     prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
 
@@ -73,16 +68,10 @@ class BertConfig(layers.EvenHeads):
     has_masked_head: bool = True
     mask_token: int | None = None
     dropout_rate: float = 0.1
-    scan_layers: bool = False
-    remat: str = "none"
-    dtype: str = "float32"
-    attention: str = "auto"
-    quantize: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.family, self.attention)
-        layers.check_activation(self.family, self.activation)
-        self.check_heads()
+        super().__post_init__()
+        check_activation(self.family, self.activation)
 
     @property
     def context(self) -> int | None:

@@ -23,24 +23,18 @@ import flax.linen as nn
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.causal import CausalModel, Placed
-from deptjax.models.fused_attention import check_name
+from deptjax.models.config import EvenHeads, check_activation
 from deptjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config(layers.EvenHeads):
+class GPT2Config(EvenHeads):
     """The shape of a GPT-2-family model.
-
-    `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
-    `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
-    (`deptjax.models.remat`).
 
     `dropout_rate` is that of the embedded text, of the attention weights and of the result of each sub-layer.
     """
 
     family: ClassVar[str] = "gpt2"
-    is_encoder_decoder: ClassVar[bool] = False
-    is_masked: ClassVar[bool] = False
     prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
 
     vocab_size: int
@@ -53,16 +47,10 @@ class GPT2Config(layers.EvenHeads):
     norm_eps: float = 1e-5
     tied: bool = True
     dropout_rate: float = 0.1
-    scan_layers: bool = False
-    remat: str = "none"
-    dtype: str = "float32"
-    attention: str = "auto"
-    quantize: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.family, self.attention)
-        layers.check_activation(self.family, self.activation)
-        self.check_heads()
+        super().__post_init__()
+        check_activation(self.family, self.activation)
 
     @property
     def context(self) -> int | None:

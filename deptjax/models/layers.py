@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deptjax.errors import UserError, nearest
 from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites, StreamSite
 from deptjax.models.attention import KV, Segment, heads_in_front
 from deptjax.quantization import with_kernel
@@ -21,37 +20,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
     "silu": nn.silu,
 }
-
-
-def check_activation(family: str, activation: str) -> None:
-    """Raises `UserError` for the name of an activation that is not one of `ACTIVATIONS`."""
-    if activation not in ACTIVATIONS:
-        known, hint = ", ".join(ACTIVATIONS), nearest(activation, ACTIVATIONS)
-        raise UserError(f"{family}: activation '{activation}' is not known; use one of: {known}.{hint}")
-
-
-class EvenHeads:
-    """A config whose heads share the width evenly, and which has as many of keys and values as of queries."""
-
-    family: ClassVar[str]
-    width: int
-    num_heads: int
-
-    def check_heads(self) -> None:
-        """Raises `UserError` for a width that the heads do not divide."""
-        if self.width % self.num_heads:
-            told = f"num_heads {self.num_heads} does not divide width {self.width}"
-            raise UserError(f"{self.family}: {told}; correct one of them")
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and values: as many as of queries."""
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """H, the width of a head."""
-        return self.width // self.num_heads
 
 
 class Linear(nn.Module):

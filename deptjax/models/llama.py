@@ -17,23 +17,16 @@ import flax.linen as nn
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.causal import CausalModel, Placed
-from deptjax.models.fused_attention import check_name
+from deptjax.models.config import BackboneConfig
 from deptjax.models.rope import RopeScaling, rope_angles, rope_frequencies
 from deptjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of a LLaMA-family model.
-
-    `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
-    `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
-    (`deptjax.models.remat`).
-    """
+class LlamaConfig(BackboneConfig):
+    """The shape of a LLaMA-family model."""
 
     family: ClassVar[str] = "llama"
-    is_encoder_decoder: ClassVar[bool] = False
-    is_masked: ClassVar[bool] = False
     prompt_lr_ratio: ClassVar[float] = 0.03  # see Backbone.prompt_lr
     dropout_rate: ClassVar[float] = 0.0
 
@@ -49,14 +42,6 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied: bool = False
-    scan_layers: bool = False
-    remat: str = "none"
-    dtype: str = "float32"
-    quantize: str | None = None
-    attention: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_name(self.family, self.attention)
 
     @property
     def context(self) -> int | None:

@@ -25,7 +25,7 @@ from deptjax.errors import UserError
 from deptjax.methods.base import NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, step_bias
-from deptjax.models.fused_attention import check_name
+from deptjax.models.config import BackboneConfig, check_activation
 from deptjax.models.relative_positions import RelativePositionBias
 from deptjax.models.remat import rematerialised
 from deptjax.sharding import split_rows
@@ -33,12 +33,8 @@ from deptjax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(BackboneConfig):
     """The shape of a T5-family model.
-
-    `dtype` is that of the computation, `quantize` the scheme of kernels (`deptjax.quantization`), `attention` one of
-    `fused_attention.IMPLEMENTATIONS`; `scan_layers` stacks the layers; `remat` says what they keep for a gradient
-    (`deptjax.models.remat`).
 
     The defaults are those of T5 1.0. T5 1.1 and its descendants have `activation="gelu_new"`, `gated=True` and
     `tied=False`.
@@ -46,7 +42,6 @@ class T5Config:
 
     family: ClassVar[str] = "t5"
     is_encoder_decoder: ClassVar[bool] = True
-    is_masked: ClassVar[bool] = False
     prompt_lr_ratio: ClassVar[float] = 0.3  # see Backbone.prompt_lr
 
     vocab_size: int
@@ -64,15 +59,10 @@ class T5Config:
     dropout_rate: float = 0.1
     norm_eps: float = 1e-6
     decoder_start_token: int = 0
-    scan_layers: bool = False
-    remat: str = "none"
-    dtype: str = "float32"
-    attention: str = "auto"
-    quantize: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.family, self.attention)
-        layers.check_activation(self.family, self.activation)
+        super().__post_init__()
+        check_activation(self.family, self.activation)
         if self.relative_buckets < 4 or self.relative_max_distance <= self.relative_buckets // 2:
             raise UserError(
                 f"t5: relative_max_distance {self.relative_max_distance} and relative_buckets {self.relative_buckets} "
