@@ -36,7 +36,7 @@ ORDER = {
     "cli": 5,
 }
 KNOW_NO_METHOD = ("data", "interop", "checkpoint", "sharding")
-ENTRY_POINTS = ("cli", "train", "search", "evaluate", "predict", "export", "import_", "plan", "quickstart")
+ENTRY_POINTS = ("cli", "__main__", "train", "search", "evaluate", "predict", "export", "import_", "plan", "quickstart")
 FLAGS = ("gin", "argparse", "absl.flags", "absl.app")
 LATE = ("interop", "testing")  # formats, tokenizers, and the tiny tokenizer of the tests
 OPTIONAL = {"datasets", "seqio", "tensorflow", "tensorflow_datasets"}  # extras: a user may not have them

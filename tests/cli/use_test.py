@@ -214,3 +214,13 @@ def test_the_program_tells_help_and_version() -> None:
     assert "--prompt-length" in help_text
     assert "examples:" in help_text
     assert said("deptjax.predict", "--version") == f"deptjax {__version__}\n"
+    assert said("deptjax", "--version") == f"deptjax {__version__}\n"
+    assert said("deptjax", "train", "--help") == help_text
+
+
+def test_the_package_is_the_command_and_ends_with_its_status() -> None:
+    words = [sys.executable, "-m", "deptjax", "trian"]
+    ended = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("deptjax: error: there is no command 'trian'; there are train, ")
+    assert ended.stderr.count("\n") == 1
