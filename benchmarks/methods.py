@@ -65,18 +65,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="of each run, at least 2 (default %(default)s)")
     parser.add_argument("--predictions", type=int, default=200, help="timed texts (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each method is run (default %(default)s)")
-    parser.add_argument("--only", metavar="A,B", help="these methods of the suite (default all)")
+    parser.add_argument("--only", metavar="A,B", help="these methods (default: the suite's)")
     parser.add_argument("--resume", action="store_true", help="keep what --output holds and measure what it lacks")
     parser.add_argument("--write-pages", type=pathlib.Path, metavar="DIR", help="also a method's line into DIR/NAME.md")
     parser.add_argument("--method", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def suite_of(options: argparse.Namespace) -> Any:
-    """Returns the settings of the suite, as `deptjax suite` reads them."""
-    from deptjax.cli.scopes import SuiteSettings
+def suite_of(options: argparse.Namespace, methods: str | None) -> Any:
+    """Returns the settings of the suite, as `deptjax suite` reads them, with `methods` in place of the file's own."""
+    from deptjax.cli.fields import FLAG, Given
+    from deptjax.cli.scopes import SUITE, SuiteSettings
 
-    return SuiteSettings([str(options.gin_file)], [], {})
+    named = {} if methods is None else {(SUITE, "methods"): Given(methods, "--only", FLAG)}
+    return SuiteSettings([str(options.gin_file)], [], named)
 
 
 def measure(options: argparse.Namespace) -> Record:
@@ -86,18 +88,14 @@ def measure(options: argparse.Namespace) -> Record:
     from deptjax.methods.base import method_to_config
 
     recipes: dict[str, Any] = {}  # those of the first task
-    for recipe in suite_of(options).plan("unused").recipes:
+    for recipe in suite_of(options, options.only).plan("unused").recipes:
         recipes.setdefault(recipe.method.kind, recipe.method)
-    chosen = list(recipes) if options.only is None else options.only.split(",")
-    for kind in chosen:
-        if kind not in recipes:
-            raise UserError(f"--only: the suite {options.gin_file} has no method '{kind}'; it has {', '.join(recipes)}")
     settings = chosen_settings(options)
     fresh: Record = {"settings": settings, "machine": machine(), "methods": {}, "scores": []}
     results = resumed(options.output, settings) if options.resume else fresh
     for number in range(options.rounds):
-        for kind in chosen:
-            config = method_to_config(recipes[kind])
+        for kind, method in recipes.items():
+            config = method_to_config(method)
             own = results["methods"].setdefault(kind, {"method": config, "runs": []})
             if own["method"] != json.loads(json.dumps(config)):
                 raise UserError(f"{options.output} has '{kind}' of other sizes; drop --resume")
@@ -134,8 +132,8 @@ def run_side(options: argparse.Namespace) -> Record:
     from deptjax.interop.load import load_backbone
     from deptjax.training.run import train
 
-    asked = suite_of(options)
-    recipe = next(recipe for recipe in asked.plan("unused").recipes if recipe.method.kind == options.method)
+    asked = suite_of(options, options.method)
+    recipe = asked.plan("unused").recipes[0]
     backbone = load_backbone(**asked.model())
     data, task = loaded_once(recipe.task)
     texts = data.test[: 2 * options.predictions]

@@ -70,7 +70,7 @@ def test_costs_are_measured_and_go_on(asked: list[str], tmp_path: pathlib.Path) 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--only", "dept"], "has no method 'dept'; it has prompt_tuning, lora"),
+        (["--only", "prompt_tunin"], "Did you mean 'prompt_tuning'"),
         (["--steps", "1"], "--steps must be at least 2"),
     ],
 )
