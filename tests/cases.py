@@ -66,6 +66,7 @@ ENCODED: dict[str, Method] = {
     "lopa": LoPA(prompt_length=5, rank=2, hidden=7, prompt_init="vocab"),
     "idpg": IDPG(prompt_length=5, hidden=6, generator="dense"),
 }
+VARIANTS: dict[str, Method] = {"idpg, every": IDPG(prompt_length=5, hidden=6, generator="dense", layers="every")}
 SOURCED = "attempt"  # its source prompts belong to a backbone
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "bert": functools.partial(tiny_bert, has_pooler=False),  # which filling a mask leaves as it is
@@ -179,7 +180,7 @@ def case_of(backbone: str, method: str, scan: bool = False) -> Case:
     """Returns a case by the names of its parts; the same one at each call, so that what it compiles is shared."""
     if method == SOURCED:
         return make_case(backbone_of(backbone, scan), ATTEMPT(5, source_prompts(backbone), 7, prompt_init="vocab"))
-    return make_case(backbone_of(backbone, scan), (METHODS | PROMPT_METHODS | ENCODED)[method])
+    return make_case(backbone_of(backbone, scan), (METHODS | PROMPT_METHODS | ENCODED | VARIANTS)[method])
 
 
 @functools.cache

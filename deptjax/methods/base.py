@@ -8,12 +8,17 @@ A *site* is a named place in a backbone where a method may act:
 | `linear`    | beside a projection                     | `module(x, y) -> y`, where `y = x @ kernel`                |
 | `attention` | beside the keys and values of a layer   | `module() -> (keys, values)`, each (P, K, H)               |
 | `residual`  | after a sub-layer, before the sum       | `module(y) -> y`                                           |
-| `stream`    | where a prompt enters a block           | `module(x) -> x`, `x` (M, D), or (B, M, D) of each row     |
+| `stream`    | where a prompt enters a block           | `module(x, text) -> x`, `x` (M, D), or (B, M, D) by row    |
 
 A method says in `sites()` which of them it fills and with which small Linen module; a backbone calls whatever fills
 a site and knows nothing else. Sites are named by a path without the layer's number (`attention/query`,
 `encoder/mlp/wi_0`), so that a choice of sites means the same whether or not layers are scanned. The parameters of
-what fills an inner site live beside the layer they act on, under the key `site`.
+what fills an inner site live beside the layer they act on, under the key `site`; what all layers have in common is kept
+once, and put there when the model runs (`Method.inner`).
+
+Of a stream site `text` is a function that returns (B, D), the state of each row's text where the block begins: of the
+token that stands for it (BERT's first, a causal model's last of the source), or T5's mean; as the block's attention
+reads it, so behind the norm that comes first. It is `None` where rows share the prompt.
 """
 
 from __future__ import annotations
@@ -193,6 +198,9 @@ class Method:
     free: ClassVar[tuple[str, ...]] = ()
     """Fields that say how training starts, or that `scales` accounts for: they may differ between stacked prompts."""
 
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Names, among the parameters of an inner site, of those that no layer has for itself: `inner` puts them there."""
+
     axes: ClassVar[Mapping[str, Axes]] = {}
     """Logical axes of large parameters of an inner site, by name, to split them over a mesh as the model is; `in` and
     `out` are those of the kernel beside the site. Parameters that are not named are whole on every device."""
@@ -227,6 +235,13 @@ class Method:
     def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
         """Returns the input site's initial parameters, given Linen's, after a look at the frozen vocabulary."""
         return params
+
+    def inner(self, trainable: Tree) -> Tree:
+        """Returns the parameters of what fills the inner sites, in the backbone's tree.
+
+        They are `trainable["backbone"]`, and those named in `shared`, which are made of what is kept once.
+        """
+        return trainable.get("backbone", {})
 
     def fold(self, trainable: Tree) -> tuple[Method, Tree]:
         """Returns a simpler method and its parameters that compute what this one does with `trainable`.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -48,8 +49,8 @@ class LayerPrompt(nn.Module):
     add: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B M D"]) -> Float[Array, "*B M D"]:
-        """Returns the prompt's part of the stream."""
+    def __call__(self, x: Float[Array, "*B M D"], text: Any = None) -> Float[Array, "*B M D"]:
+        """Returns the prompt's part of the stream; what the text is does not count."""
         limit = math.sqrt(3.0 / x.shape[-1])
         start = nn.initializers.zeros if self.add else initializers.uniform_within(limit)
         prompt = self.param("prompt", start, (self.length, x.shape[-1]))

@@ -1,32 +1,46 @@
 """IDPG, instance-dependent prompt generation: a small network writes the soft prompt of each text.
 
     h = Enc(x) (H)                              what an encoder, often the frozen model itself, makes of the text
-    P = f2(act(f1(h))) + C                      (M, D); C (M, D) is the task's own part, the same for all texts
-    input = [P; E]                              M + T rows
+    G(h) = f2(act(f1(h) + b))                   (M, D), of each text
+    input = [G(h) + C; E]                       M + T rows; C (M, D) is the task's own part, the same for all texts
 
 f1: H -> F and f2: F -> M D are linear: plain (`dense`), or parametrised hypercomplex multiplication (`phm`), whose
 weight is a sum of Kronecker products of small matrices,
 
     W (in, out) = sum_i A_i (n, n) kron B_i (in / n, out / n)         n^3 + in out / n numbers instead of in out
 
-Wu et al., "IDPG: An Instance-Dependent Prompt Generation Method", NAACL 2022, arXiv 2204.04497. Prompts are put in at
-the first layer (S-IDPG).
+That is the paper's S-IDPG (`layers="first"`). M-IDPG (`layers="every"`) adds prompts at every other layer too,
 
-Parameters, the encoder aside: (H + 1) F + F M D + M D (dense), n^3 + H F / n + F + n^3 + F M D / n + M D (phm).
+    x_i = [P_i + G(s_i) + C_i; E_i]             i = 1 .. L - 1; P_i, E_i what layer i - 1 has made of prompt and text
+
+where s_i (D) is the state of the text in front of layer i, and G is one and the same for all layers: only C_i is a
+layer's own. The authors' released code has it so (`--middle-previous --middle-prompt-mode layerb`), on RoBERTa, with
+the state of the first token. On models whose norms come first s_i is behind the norm, as the layer reads it; it is of
+the last source token of a causal model, and the mean of T5's encoder. H must be D: the encoder is best the backbone.
+
+Wu et al., "IDPG: An Instance-Dependent Prompt Generation Method", NAACL 2022, arXiv 2204.04497.
+
+Parameters, the encoder aside: (H + 1) F + F M D + M D (dense), n^3 + H F / n + F + n^3 + F M D / n + M D (phm); with
+`layers="every"` L M D in the place of M D.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
-from deptjax.methods.base import Texts, Vocabulary, register_method
+from deptjax.methods.base import Sites, StreamSite, Texts, Vocabulary, register_method
 from deptjax.methods.encoded import EncodedMethod
+from deptjax.methods.in_common import beside_layers
 from deptjax.typing import Array, Float, Key, Tree
 
 GENERATORS = ("phm", "dense")
+LAYERS = ("first", "every")
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "gelu": jax.nn.gelu}
 
 
@@ -55,9 +69,60 @@ class PHM(nn.Module):
         return x @ phm_weight(a, b)
 
 
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """G: what writes prompts of texts. Fields are those of `IDPG`; its parameters are those of the module it is in."""
+
+    length: int
+    hidden: int
+    kind: str
+    factors: int
+    activation: str
+    dropout: float
+
+    def __call__(self, scope: nn.Module, state: Float[Array, "B H"], width: int) -> Float[Array, "B M D"]:
+        """Returns the prompts, by the parameters `down`, `bias` and `up` of `scope`, in whose compact method it is."""
+        drop = nn.Dropout(self.dropout, deterministic=not scope.has_rng("dropout"))
+        bias = scope.param("bias", nn.initializers.normal(0.05), (self.hidden,))
+        hidden = self._linear("down", self.hidden, state.shape[-1])(drop(state)) + bias[None]
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return self._linear("up", self.length * width, self.hidden)(drop(hidden)).reshape(-1, self.length, width)
+
+    def _linear(self, name: str, features: int, inputs: int) -> nn.Module:
+        if self.kind == "dense":
+            return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(0.02), name=name)
+        for what, size in (("the encoder's width", inputs), ("the number of outputs", features)):
+            if size % self.factors:
+                raise UserError(
+                    f"idpg: factors {self.factors} does not divide {what} of '{name}', {size}; take "
+                    f"{', '.join(str(n) for n in range(2, 33) if inputs % n == 0 and features % n == 0) or 'dense'}"
+                )
+        return PHM(features, self.factors, name=name)
+
+
+class LayerPrompts(nn.Module):
+    """What M-IDPG adds to the prompt in front of a layer: the layer's own C, and G of the text's state there.
+
+    In front of the first layer G(h) is in the prompt already, and `generates` is 0.
+    """
+
+    generator: Generator
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B M D"], text: Callable[[], Array] | None) -> Float[Array, "B M D"]:
+        """Returns the prompt's part of the stream."""
+        if text is None:
+            raise ValueError("a prompt of each text's own is a part of each row, and rows share this one")
+        width = x.shape[-1]
+        own = self.param("prompt", nn.initializers.normal(0.05), (self.generator.length, width))
+        generates = self.param("generates", nn.initializers.ones, ())
+        made = self.generator(self, text().astype(jnp.float32), width)
+        return x + (own[None] + generates * made).astype(x.dtype)
+
+
 @register_method
 class IDPG(EncodedMethod):
-    """Instance-dependent prompt generation, of one layer; the fields of its encoder are those of `EncodedMethod`.
+    """Instance-dependent prompt generation; the fields of its encoder are those of `EncodedMethod`.
 
     Attributes:
       prompt_length: M, vectors in front of the text.
@@ -66,6 +131,7 @@ class IDPG(EncodedMethod):
       factors: n, the pairs of matrices of `phm`; H, F and M D must be multiples of it.
       activation: of the bottleneck, tanh, relu or gelu.
       encoding_dropout: of the encoder's vector and of the bottleneck, in training.
+      layers: `first` puts prompts in at the input (S-IDPG), `every` adds to them at every layer too (M-IDPG).
     """
 
     kind = "idpg"
@@ -73,6 +139,7 @@ class IDPG(EncodedMethod):
     formula = "2 n n n + (H F + F M D) / n + F + M D"
     free_size = "prompt_length"
     letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "n": "factors"}
+    shared = ("down", "up", "bias", "generates")
 
     prompt_length: int = 5
     hidden: int = 16
@@ -80,9 +147,10 @@ class IDPG(EncodedMethod):
     factors: int = 16
     activation: str = "tanh"
     encoding_dropout: float = 0.1
+    layers: str = "first"
 
     def __post_init__(self) -> None:
-        for name, known in (("generator", GENERATORS), ("activation", tuple(ACTIVATIONS))):
+        for name, known in (("generator", GENERATORS), ("activation", tuple(ACTIVATIONS)), ("layers", LAYERS)):
             if (value := getattr(self, name)) not in known:
                 raise UserError(
                     f"{self.kind}: {name} '{value}' is not one of {', '.join(known)}.{nearest(value, known)}"
@@ -94,25 +162,33 @@ class IDPG(EncodedMethod):
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "B M D"], Array]:
         """Returns each text's prompt and the embeddings as they came; needs `texts.encoding` (B, H)."""
-        encoding, shape = self.encoding_of(texts.encoding), (self.prompt_length, embeds.shape[-1])
-        drop = nn.Dropout(self.encoding_dropout, deterministic=not self.has_rng("dropout"))
-        bias = self.param("bias", nn.initializers.normal(0.05), (self.hidden,))
-        task = self.param("prompt", nn.initializers.normal(0.05), shape)
-        hidden = self._linear("down", self.hidden, encoding.shape[-1])(drop(encoding)) + bias[None]
-        hidden = ACTIVATIONS[self.activation](hidden)
-        made = self._linear("up", shape[0] * shape[1], self.hidden)(drop(hidden)).reshape(-1, *shape)
-        return (made + task[None]).astype(embeds.dtype), embeds
+        encoding, width = self.encoding_of(texts.encoding), embeds.shape[-1]
+        made = self._generator(self, encoding, width)
+        if self.layers == "first":
+            made = made + self.param("prompt", nn.initializers.normal(0.05), (self.prompt_length, width))[None]
+        elif encoding.shape[-1] != width:
+            raise UserError(
+                f"{self.kind}: layers 'every' gives the generator states of the backbone, of width {width}, and encoder"
+                f" '{self.encoder}' has {encoding.shape[-1]}; take one as wide, such as 'backbone', or layers 'first'"
+            )
+        return made.astype(embeds.dtype), embeds
 
-    def _linear(self, name: str, features: int, inputs: int) -> nn.Module:
-        if self.generator == "dense":
-            return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(0.02), name=name)
-        for what, size in (("the encoder's width", inputs), ("the number of outputs", features)):
-            if size % self.factors:
-                raise UserError(
-                    f"{self.kind}: factors {self.factors} does not divide {what} of '{name}', {size}; take "
-                    f"{', '.join(str(n) for n in range(2, 33) if inputs % n == 0 and features % n == 0) or 'dense'}"
-                )
-        return PHM(features, self.factors, name=name)
+    @property
+    def _generator(self) -> Generator:
+        sizes = self.prompt_length, self.hidden, self.generator, self.factors
+        return Generator(*sizes, self.activation, self.encoding_dropout)
+
+    def sites(self) -> Sites:
+        return Sites(input=self, stream=None if self.layers == "first" else self.fill)
+
+    @nn.nowrap  # outside of this module: a layer has its own
+    def fill(self, site: StreamSite, name: str) -> nn.Module:
+        """Returns what is added to the prompt in front of a layer."""
+        return LayerPrompts(self._generator, name=name)
+
+    def inner(self, trainable: Tree) -> Tree:
+        layers, once = super().inner(trainable), trainable.get("input", {})
+        return beside_layers(layers, "prompt", lambda i: {**once, "generates": jnp.asarray(i > 0, jnp.float32)})
 
     def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
         return params

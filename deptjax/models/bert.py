@@ -145,7 +145,8 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Float[Array, "B S D"], None]:
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
-        x, _ = layers.fill_stream(self.sites, "prompt", split_rows(x), None, context.prompt_columns)
+        stream, columns = split_rows(x), context.prompt_columns
+        x, _ = layers.fill_stream(self.sites, "prompt", stream, None, columns, lambda: stream[:, columns])
         y = Attention(c, self.sites, name="attention")(x, context)
         y = drop(layers.residual_fill(self.sites, "attention", c.width)(y))
         x = layers.LayerNorm(c.norm_eps, name="post_attention_norm")(x + y)

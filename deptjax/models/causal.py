@@ -76,6 +76,12 @@ class Front(NamedTuple):
     length: Int[Array, ""] | None
 
 
+class OwnFront(NamedTuple):
+    """A prompt (B, M, D) of each row's own, which is read with the text: nothing of it is known before."""
+
+    prompt: Float[Array, "B M D"]
+
+
 class Cache(NamedTuple):
     """What decoding needs of the past: one `LayerCache` a layer, which source keys are real, and where rows go on."""
 
@@ -89,7 +95,7 @@ class Context:
     """What is the same for all layers: the angles of each stream, if any, the biases, the step when decoding.
 
     A tree of arrays, in which `deterministic` is static, and how many leading columns of the stream are a prompt.
-    Without a `bias` the stream is causal.
+    Without a `bias` the stream is causal. `text` (B, S) is true at the column of each row's last source token.
     """
 
     rope: Rope | None
@@ -100,6 +106,7 @@ class Context:
     step: Array | int = 0
     deterministic: bool = struct.field(pytree_node=False, default=True)
     prompt_columns: int = struct.field(pytree_node=False, default=0)
+    text: Array | None = None
 
 
 class Attention(nn.Module):
@@ -168,7 +175,13 @@ class Block(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
         norm = self.norm(c.norm_eps, name="pre_attention_norm")
-        x, prompt = layers.fill_stream(self.sites, "prompt", split_rows(streams[0]), streams[1], context.prompt_columns)
+        columns, stream = context.prompt_columns, split_rows(streams[0])
+
+        def text() -> Array:
+            assert context.text is not None
+            return norm(layers.mean_states(stream, context.text))
+
+        x, prompt = layers.fill_stream(self.sites, "prompt", stream, streams[1], columns, text)
         mixed, mixed_prompt, kv = Attention(c, self.sites, self.biases, name="attention")(
             norm(x), None if prompt is None else norm(prompt), context, past
         )
@@ -246,7 +259,7 @@ class CausalModel(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         """Returns the last states of embedded texts, padded on the right, behind a prompt if there is one."""
-        states, offset = self._run(embeds, prompt, deterministic)
+        states, offset = self._run(embeds, jnp.sum(mask, axis=1), prompt, deterministic)
         return self.final_norm(states[:, offset:])
 
     def target_states(
@@ -264,12 +277,17 @@ class CausalModel(nn.Module):
         """
         lengths = jnp.sum(source_mask, axis=1)
         joined = self._join(source, lengths, targets[:, :-1])
-        states, offset = self._run(joined, prompt, deterministic)
+        states, offset = self._run(joined, lengths, prompt, deterministic)
         places = offset + (lengths - 1)[:, None] + jnp.arange(targets.shape[1])[None]
         return self.final_norm(jnp.take_along_axis(states, places[..., None], axis=1))
 
-    def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
-        """Returns what the last `length` vectors of a prompt (all of them by default) are to any text behind them."""
+    def front(self, prompt: Float[Array, "*B M D"], length: Int[Array, ""] | None = None) -> Front | OwnFront:
+        """Returns what the last `length` vectors of a prompt (all of them by default) are to any text behind them.
+
+        Of a prompt (B, M, D) of each row's own all are real.
+        """
+        if prompt.ndim == 3:
+            return OwnFront(prompt)
         count = prompt.shape[0]
         hidden = front_bias(count, length)
         positions = jnp.arange(count) - (0 if length is None else count - length)
@@ -283,7 +301,7 @@ class CausalModel(nn.Module):
         self,
         source: Float[Array, "B T D"],
         source_mask: Bool[Array, "B T"],
-        front: Front | None,
+        front: Front | OwnFront | None,
         max_new: int,
         beams: int = 1,
     ) -> tuple[Float[Array, "B D"], Cache]:
@@ -291,11 +309,15 @@ class CausalModel(nn.Module):
 
         With more than one of `beams` B is 1, and the new tokens come in as many rows.
         """
-        c = self.config
+        c, columns = self.config, 0
+        if isinstance(front, OwnFront):
+            own, front = front.prompt.astype(source.dtype), None
+            source, columns = jnp.concatenate([own, source], axis=1), own.shape[1]
+            source_mask = jnp.pad(source_mask, ((0, 0), (columns, 0)), constant_values=True)
         lengths = jnp.sum(source_mask, axis=1)
-        first = self._positions_of(front)
+        first, text = self._positions_of(front), _only(lengths - 1, source.shape[1])
         source, rope = self.placed(source, first + jnp.arange(source.shape[1]))
-        context = Context(rope, prompt_bias=self._bias_of(front))
+        context = Context(rope, prompt_bias=self._bias_of(front), prompt_columns=columns, text=text)
         (states, _), kvs = self._blocks((source, None), context, self._past(front, None))
         last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
         stacked = (c.num_layers,) if c.scan_layers else ()
@@ -308,12 +330,13 @@ class CausalModel(nn.Module):
         return self.final_norm(last), Cache(layer_caches, mask_bias(source_mask), first + lengths)
 
     def extend(
-        self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int, front: Front | None = None
+        self, cache: Cache, tokens: Int[Array, "B U"], t: Array | int, front: Front | OwnFront | None = None
     ) -> tuple[Float[Array, "B U D"], Cache]:
         """Returns the states after appending tokens at step `t` (0: the first new token), and the cache with them.
 
-        `front` is that which `start` was given.
+        `front` is that which `start` was given; a prompt of each row's own is in the cache, with the source.
         """
+        front = None if isinstance(front, OwnFront) else front
         slots = jax.tree.leaves(cache.layers)[-1].shape[-2]
         positions = cache.next_position[:, None] + t + jnp.arange(tokens.shape[1])[None]
         x, rope = self.placed(self.embed(tokens), positions)
@@ -361,8 +384,8 @@ class CausalModel(nn.Module):
         places = jnp.where(behind < 0, column, jnp.minimum(source.shape[1] + behind, both.shape[1] - 1))
         return jnp.take_along_axis(both, places[..., None], axis=1)
 
-    def _run(self, x: Array, prompt: Array | None, deterministic: bool) -> tuple[Array, int]:
-        """Runs the blocks over text (B, T, D) behind a prompt.
+    def _run(self, x: Array, lengths: Array, prompt: Array | None, deterministic: bool) -> tuple[Array, int]:
+        """Runs the blocks over text (B, T, D), whose sources have these lengths (B,), behind a prompt.
 
         Returns the states, and the number of leading columns in them that are a prompt of each row's own. Rows are
         padded on the right, so causality alone hides the padding.
@@ -372,7 +395,8 @@ class CausalModel(nn.Module):
             x, offset, prompt = jnp.concatenate([prompt, x], axis=1), prompt.shape[1], None
         shared = 0 if prompt is None else prompt.shape[0]
         x, rope = self.placed(x, shared + jnp.arange(x.shape[1]), deterministic)
-        context = Context(rope, deterministic=deterministic, prompt_columns=offset)
+        text = _only(offset + lengths - 1, x.shape[1])
+        context = Context(rope, deterministic=deterministic, prompt_columns=offset, text=text)
         if prompt is not None:
             prompt, rope = self.placed(prompt, jnp.arange(shared), deterministic)
             context = dataclasses.replace(context, prompt_rope=rope)
@@ -388,6 +412,11 @@ class CausalModel(nn.Module):
             streams, kv = block(streams, context, None if past is None else past[i])
             kvs.append(kv)
         return streams, tuple(kvs)
+
+
+def _only(places: Int[Array, "B"], length: int) -> Bool[Array, "B S"]:
+    """Returns rows of this length that are true at one place each."""
+    return jnp.arange(length)[None] == places[:, None]
 
 
 def _vectors(front: Front) -> int:

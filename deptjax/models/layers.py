@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from deptjax.methods.base import NO_SITES, SITE, AttentionSite, LinearSite, ResidualSite, Sites, StreamSite
 from deptjax.models.attention import KV, Segment, heads_in_front
 from deptjax.quantization import with_kernel
-from deptjax.typing import Array, Float, Int
+from deptjax.typing import Array, Bool, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -169,18 +169,27 @@ def residual_fill(sites: Sites, path: str, width: int) -> Callable[[Array], Arra
     return fill or (lambda y: y)
 
 
-def fill_stream(sites: Sites, path: str, x: Array, prompt: Array | None, columns: int) -> tuple[Array, Array | None]:
+def fill_stream(
+    sites: Sites, path: str, x: Array, prompt: Array | None, columns: int, text: Callable[[], Array]
+) -> tuple[Array, Array | None]:
     """Returns a block's streams with what fills the `stream` site done to the prompt. To be called in a compact method.
 
-    The prompt is a stream of its own, (M, D), or the first `columns` of `x` (B, S, D), or there is none.
+    The prompt is a stream of its own, (M, D), or the first `columns` of `x` (B, S, D), or there is none; `text` returns
+    the states (B, D) of the rows' texts.
     """
     fill = sites.stream and sites.stream(StreamSite(path, x.shape[-1]), f"prompt_{SITE}")
     if not fill:
         return x, prompt
     if prompt is not None:
-        return x, fill(prompt)
+        return x, fill(prompt, None)
     if columns:
-        return jnp.concatenate([fill(x[:, :columns]), x[:, columns:]], axis=1), None
+        return jnp.concatenate([fill(x[:, :columns], text), x[:, columns:]], axis=1), None
     if fill.is_initializing():
-        fill(x[0, :1])  # a prompt will come: its parameters are made here
+        fill(x[:, :1], lambda: x[:, 0])  # a prompt will come: its parameters are made here
     return x, None
+
+
+def mean_states(x: Float[Array, "B S D"], columns: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    """Returns the mean of each row's states at the columns that are true: of one column, its state."""
+    counts = jnp.maximum(jnp.sum(columns, axis=1, keepdims=True), 1)
+    return jnp.einsum("bs,bsd->bd", (columns / counts).astype(x.dtype), x)

@@ -40,11 +40,17 @@ def merge_trees(frozen: Tree, inner: Tree) -> Tree:
     return {**frozen, **{key: merge_trees(frozen.get(key, {}), value) for key, value in inner.items()}}
 
 
-def site_leaves(params: Tree) -> Tree:
-    """Returns the part of a backbone's tree that belongs to what fills its sites."""
+def site_leaves(params: Tree, shared: tuple[str, ...] = ()) -> Tree:
+    """Returns the part of a backbone's tree that belongs to what fills its sites, without what these have in common."""
     if not isinstance(params, dict):
         return {}
-    kept = {k: v if k == SITE or k.endswith(f"_{SITE}") else site_leaves(v) for k, v in params.items()}
+
+    def kept_of(key: str, node: Tree) -> Tree:
+        if key == SITE or key.endswith(f"_{SITE}"):
+            return {name: leaf for name, leaf in node.items() if name not in shared}
+        return site_leaves(node, shared)
+
+    kept = {key: kept_of(key, node) for key, node in params.items()}
     return {key: value for key, value in kept.items() if not isinstance(value, dict) or value}
 
 
@@ -179,7 +185,7 @@ class PromptedModel:
         return {**trainable, "backbone": inner} if inner else trainable
 
     def _init_sites(self, key: Key) -> Tree:
-        return site_leaves(self.module.init(key, method="init_pass")["params"])
+        return site_leaves(self.module.init(key, method="init_pass")["params"], self.method.shared)
 
     def target_logits(
         self,
@@ -256,7 +262,7 @@ class PromptedModel:
         variables = self._variables(trainable, frozen)
         own = None
         if front is None and prompt is not None:
-            own = front = self._apply(variables, prompt[0] if prompt.ndim == 3 else prompt, method="front")
+            own = front = self._apply(variables, prompt, method="front")
         state, cache = self._apply(variables, embeds, mask, front, max_new, beams, method="start", **ids)
         return self._apply(variables, state[0], vocab_ids, method="head"), RowCache(own, cache)
 
@@ -305,4 +311,4 @@ class PromptedModel:
         return self.module.apply(*args, **kwargs)  # never with mutable collections, so there is one result
 
     def _variables(self, trainable: Tree, frozen: Tree) -> dict[str, Tree]:
-        return {"params": merge_trees(frozen, trainable.get("backbone", {}))}
+        return {"params": merge_trees(frozen, self.method.inner(trainable))}

@@ -211,8 +211,14 @@ class EncoderLayer(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=context.deterministic)
 
-        x, _ = layers.fill_stream(self.sites, "encoder/prompt", split_rows(x), None, context.prompt_columns)
-        y = layers.RMSNorm(c.norm_eps, name="pre_attention_layer_norm")(x)
+        norm = layers.RMSNorm(c.norm_eps, name="pre_attention_layer_norm")
+        stream, columns = split_rows(x), context.prompt_columns
+
+        def text() -> Array:
+            return norm(layers.mean_states(stream, context.seen.mask.at[:, :columns].set(False)))
+
+        x, _ = layers.fill_stream(self.sites, "encoder/prompt", stream, None, columns, text)
+        y = norm(x)
         attention = Attention(c, "encoder/attention", self.sites, name="attention")
         bias, (mask, hidden) = context.position_bias, context.seen
         y, _ = attention(y, y, bias if hidden is None else bias + hidden, context.deterministic, mask)

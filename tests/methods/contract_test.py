@@ -24,6 +24,9 @@ CASES += [
     ("llama", "lopa", False),
     ("t5", "lopa", True),
     ("llama", "idpg", True),
+    ("llama", "idpg, every", True),
+    ("t5", "idpg, every", False),
+    ("bert", "idpg, every", True),
     ("llama", "attempt", False),
     ("bert", "lopa", True),
 ]

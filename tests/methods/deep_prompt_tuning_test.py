@@ -48,7 +48,7 @@ def test_every_layer_is_given_its_own_prompt(family: str) -> None:
         assert 0.8 * limit < np.abs(leaf).max() <= limit
     assert len(stack) == layers
     x, prompt = jnp.ones((2, 3, D)), jnp.ones((M, D))
-    assert fill_stream(Sites(), "prompt", x, prompt, 0) == (x, prompt)
+    assert fill_stream(Sites(), "prompt", x, prompt, 0, lambda: x[:, 0]) == (x, prompt)
 
 
 def test_what_replaces_does_not_depend_on_what_was_there() -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deptjax.errors import UserError
-from deptjax.methods import IDPG
+from deptjax.inference.predictor import Predictor
+from deptjax.inference.rows import start_rows
+from deptjax.methods import IDPG, DeepPromptTuning
 from deptjax.methods.base import Texts, input_parameters
 from deptjax.methods.idpg import phm_weight
+from deptjax.models.bert import Context
+from deptjax.models.prompted import PromptedModel
+from deptjax.models.sizes import SIZES
 from deptjax.training.state import count_parameters
+from tests.cases import backbone_of, case_of, make_case, some_batch
+from tests.reviews import review_prompt
 
 B, T, D, H, M, F, N = 3, 5, 12, 8, 2, 4, 4
 
@@ -64,7 +74,97 @@ def test_parameters_are_as_many_as_published(fields: dict, count: int) -> None:
     assert count_parameters(jax.eval_shape(lambda: input_parameters(idpg, jax.random.key(0), 1024))) == count
 
 
+@pytest.mark.parametrize("fields", [{"generator": "phm"}, {"generator": "dense", "hidden": 64}], ids=["phm", "dense"])
+def test_every_layer_costs_its_own_part_of_the_task_alone(fields: dict) -> None:
+    """The generator is one: M-IDPG has M D numbers more for each layer but one."""
+    config = SIZES["roberta-large"]
+    counts = []
+    for layers in ("first", "every"):
+        method = IDPG(encoder_width=config.width, layers=layers, **fields)
+        model = PromptedModel(config.make(method.sites()), method)
+        counts.append(count_parameters(model.shapes(config.width)))
+    assert config.num_layers == 24
+    assert counts[1] - counts[0] == 23 * 5 * 1024
+
+
+EVERY = "idpg, every"
+
+
+def test_every_layer_is_the_authors() -> None:
+    """Layer by layer on BERT: the state of the first token behind a layer makes what the next one's prompt gets."""
+    case, batch = case_of("bert", EVERY), case_of("bert", EVERY).taken(some_batch())
+    m, width, once = 5, case.backbone.width, case.moved["input"]
+    bare = case.backbone.module().bind({"params": case.frozen})
+    mask = batch["source_mask"]
+
+    def generated(state: Any) -> Any:
+        hidden = jnp.tanh(state @ once["down"]["kernel"] + once["bias"][None])
+        return (hidden @ once["up"]["kernel"]).reshape(-1, m, width)
+
+    prompt = generated(case.read(batch)["encoding"]).astype(jnp.float32)
+    x = jnp.concatenate([prompt, bare.embed(batch["source"])], axis=1)
+    x = x + bare.position_embedder(jnp.arange(x.shape[1]), x.dtype)[None]
+    x = bare.embedding_norm(x + bare.type_embedder(jnp.zeros((1, 1), jnp.int32)))
+    context = Context(jnp.pad(mask, ((0, 0), (m, 0)), constant_values=True), None)
+    for i, block in enumerate(bare.layers):
+        own = case.moved["backbone"][f"layers_{i}"]["prompt_site"]["prompt"]
+        made = generated(x[:, m]) if i else 0.0
+        x, _ = block(x.at[:, :m].add(own[None] + made), context)
+    embeds, mask, prompt, _ = case.model._source(
+        case.moved, case.frozen, batch["source"], mask, case.read(batch)["encoding"]
+    )
+    got = case.model._apply(case.model._variables(case.moved, case.frozen), embeds, mask, prompt, method="encode")
+    np.testing.assert_allclose(got, x[:, m:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "scan"), [("llama", True), ("t5", False), ("gpt2", False)])
+def test_without_a_generator_every_layer_is_a_deep_prompt(family: str, scan: bool) -> None:
+    case = make_case(backbone_of(family, scan), IDPG(prompt_length=M, hidden=6, generator="dense", layers="every"))
+    silent = {**case.moved, "input": jax.tree.map(jnp.zeros_like, case.moved["input"])}
+    deep = make_case(case.backbone, DeepPromptTuning(prompt_length=M, mode="add", prompt_init="random"))
+    plain = {"input": {"prompt": jnp.zeros((M, case.backbone.width))}, "backbone": case.moved["backbone"]}
+    got, wanted = case.logits(silent, case.frozen, some_batch()), deep.logits(plain, deep.frozen, some_batch())
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(case.logits(case.moved, case.frozen, some_batch()) - wanted).max() > 1e-2
+
+
+@pytest.mark.parametrize(("family", "scan"), [("llama", True), ("t5", False)])
+def test_decoding_has_the_logits_of_training(family: str, scan: bool) -> None:
+    """The first token behind each text, and the second behind the first, of which a cache has the prompt too."""
+    case, batch = case_of(family, EVERY, scan), some_batch()
+    read = case.read(batch)
+    rows = case.rows.replace(encoding=read["encoding"])
+    run = jax.jit(start_rows, static_argnums=(0, 5))
+    logits, cache = run(case.model, case.frozen, rows, batch["source"], batch["source_mask"], 3)
+    wanted = case.logits(case.moved, case.frozen, batch)
+    np.testing.assert_allclose(logits, wanted[:, 0], rtol=1e-5, atol=1e-5)
+    first = jax.tree.map(lambda leaf: leaf[1], cache)
+    extend = jax.jit(case.model.extend)
+    again, _ = extend(case.moved, case.frozen, None, first, batch["targets"][1:2, :1], 0)
+    np.testing.assert_allclose(again[0, 0], wanted[1, 1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_two_tasks_share_a_bank_and_answer_as_alone(family: str) -> None:
+    cases = {"one": case_of(family, EVERY)}
+    cases["two"] = dataclasses.replace(cases["one"], trainable=jax.tree.map(lambda a: 3 * a, cases["one"].trainable))
+    words = {"negative": "bad", "positive": "good"}
+    masked = {"input": "{text} . it is {mask} .", "verbalizers": words} if family == "bert" else {}
+    prompts = {name: review_prompt(case, max_length=24, **masked) for name, case in cases.items()}
+    texts, backbone = ["the film is good", "a dull story"], cases["one"].backbone
+    mixed = Predictor(backbone, prompts)([t for t in texts for _ in prompts], list(prompts) * 2)
+    for i, prompt in enumerate(prompts.values()):
+        for got, wanted in zip(mixed[i::2], Predictor(backbone, prompt)(texts), strict=True):
+            assert got.scores == pytest.approx(wanted.scores, abs=1e-5)
+    assert mixed[0].scores != pytest.approx(mixed[1].scores, rel=1e-2)
+
+
 def test_mistakes() -> None:
+    with pytest.raises(UserError, match=r"idpg: layers 'all' is not one of first, every"):
+        IDPG(layers="all")
+    narrow = IDPG(prompt_length=2, generator="dense", encoder_width=24, encoder="reader", layers="every")
+    with pytest.raises(UserError, match=r"states of the backbone, of width 32, and encoder 'reader' has 24; take one"):
+        input_parameters(narrow, jax.random.key(0), 32)
     with pytest.raises(UserError, match=r"generator 'pmh' is not one of phm, dense. Did you mean 'phm'"):
         IDPG(generator="pmh")
     odd = IDPG(prompt_length=2, hidden=16, encoder_width=24)

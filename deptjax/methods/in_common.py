@@ -1,0 +1,38 @@
+"""What all layers have in common: kept once, in `trainable["input"]`, and put beside each layer when the model runs.
+
+A gradient of what is put there in several places is the sum over these, as it should be of one parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deptjax.typing import Tree
+
+_LAYER = re.compile(r"layers_(\d+)")
+
+
+def beside_layers(tree: Tree, own: str, common: Callable[[Any], Tree], layer: int | None = None) -> Tree:
+    """Returns a tree of inner sites with `common(i)` among the parameters of each that has one named `own`.
+
+    i is the number of the layer, traced where layers are stacked; then what is common is stacked too.
+
+    >>> beside_layers({"layers_1": {"site": {"own": 3}}}, "own", lambda i: {"number": i})
+    {'layers_1': {'site': {'own': 3, 'number': 1}}}
+    """
+    if not isinstance(tree, dict):
+        return tree
+    if own in tree:
+        made = jax.vmap(common)(jnp.arange(len(tree[own]))) if layer is None else common(layer)
+        return {**tree, **made}
+
+    def number(name: str) -> int | None:
+        found = _LAYER.fullmatch(name)
+        return int(found[1]) if found else layer
+
+    return {name: beside_layers(node, own, common, number(name)) for name, node in tree.items()}
