@@ -69,13 +69,15 @@ def step_flops(config: Any, method: Method, batch: BatchShape, share_prompt: boo
     """Returns the operations of one training step of `method` on the backbone of `config`.
 
     Counted are the projections and what fills their `linear` sites (each matrix of it one factor more), attention and
-    what fills its site, the head and the formula of the input site; what fills a `residual` site is not. A prompt that
-    each layer of a causal model replaces (the `stream` site) is counted as if what the layer before made of it were
-    used.
+    what fills its site, the head, the formula of the input site and of what all layers have in common; what fills a
+    `residual` or a `stream` site is not. A prompt that each layer of a causal model replaces is counted as if what the
+    layer before made of it were used.
     """
     method = method.resolve(config.width)
     tally = _Tally(config, method)
     front = _input_site(tally, method, config.width, batch)
+    if method.shared:
+        tally.formula(method.inner, _trained_shapes(config, method))
     if method.tunes_backbone:
         front = front._replace(text=True)
     if config.is_encoder_decoder:
@@ -278,9 +280,14 @@ def _inner_sites(config: Any, method: Method) -> Tree:
     sites = method.sites()
     if sites.linear is None and sites.attention is None:
         return {}
-    module = dataclasses.replace(config, scan_layers=True).make(sites)
-    tree: Tree = PromptedModel(module, method).shapes(config.width).get("backbone", {})
+    tree: Tree = _trained_shapes(config, method).get("backbone", {})
     return tree
+
+
+def _trained_shapes(config: Any, method: Method) -> Tree:
+    """Returns the shapes of a method's parameters, stacked over the layers."""
+    module = dataclasses.replace(config, scan_layers=True).make(method.sites())
+    return PromptedModel(module, method).shapes(config.width)
 
 
 def _dry(tally: _Tally) -> _Tally:

@@ -7,13 +7,14 @@ they are trained directly, as P-tuning v2 does (Liu et al., ACL 2022, arXiv 2110
 they are: no rotary embedding is applied to them, no relative bias is added to their scores, and the positions of the
 text do not change.
 
-With `hidden` they are reparametrised, as Li and Liang train them:
+With `hidden` one network makes them for all layers, as Li and Liang train them:
 
-    [K_P; V_P] = tanh(Q W1 + b1) W2 + b2        Q (P, K H), W1 (K H, hidden), W2 (hidden, 2 K H)
+    S = tanh(Q W1 + b1)                         (P, F); Q (P, D), W1 (D, F)
+    [K_P; V_P] of layer l = S W2_l + b2_l       W2_l (F, 2 K H)
 
-Q starts from N(0, 1), the layers as torch's do; after training only K_P and V_P are saved. Here each layer has all of
-this for itself, where the authors' layers share Q, W1 and b1, and have of W2 and b2 a part each: a site is filled layer
-by layer, and knows no other one.
+Q starts from N(0, 1), the linear layers as torch's do; after training only K_P and V_P are saved. The authors write
+the W2_l side by side as one matrix. On T5 the attention of all three kinds reads the same S (for BART they have a
+network for each kind).
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.methods import initializers
-from deptjax.methods.base import AttentionSite, Method, Sites, register_method
+from deptjax.methods.base import AttentionSite, Method, Sites, Texts, register_method
 from deptjax.methods.dense import dense
+from deptjax.methods.in_common import beside_layers
 from deptjax.methods.targets import TargetedMethod
 from deptjax.typing import Array, Float, Tree
 
-VECTORS = "vectors"  # the parameter by which a reparametrised prefix is known
+STATES = "states"  # what stands beside each layer of what is made in common
 
 # Small, so that at first a layer's output is little more than scaled down by the attention that the prefix draws.
 INIT_SCALE = 0.02
@@ -59,21 +61,44 @@ class Prefix(nn.Module):
         return self.param("keys", start, shape), self.param("values", start, shape)
 
 
-def reparametrised_prefix(
-    vectors: Float[Array, "P D"],
-    w1: Float[Array, "D F"],
-    b1: Float[Array, "F"],
-    w2: Float[Array, "F 2 K H"],
-    b2: Float[Array, "2 K H"],
+class PrefixNetwork(nn.Module):
+    """The part of the network that all layers have in common; it leaves the input as it is.
+
+    Attributes:
+      length: P.
+      hidden: F, the hidden width.
+    """
+
+    length: int
+    hidden: int
+
+    @nn.compact
+    def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[None, Float[Array, "B T D"]]:
+        """Returns no prompt, and the embeddings as they came."""
+        width = embeds.shape[-1]
+        into = initializers.uniform_within(1.0 / math.sqrt(width))
+        self.param("vectors", nn.initializers.normal(1.0), (self.length, width))
+        self.param("w1", into, (width, self.hidden))
+        self.param("b1", into, (self.hidden,))
+        return None, embeds
+
+
+def prefix_states(vectors: Float[Array, "P D"], w1: Float[Array, "D F"], b1: Float[Array, "F"]) -> Float[Array, "P F"]:
+    """Returns S, what the layers make their keys and values of: `tanh(vectors @ w1 + b1)`."""
+    return jnp.tanh(dense(vectors, w1, b1))
+
+
+def made_prefix(
+    states: Float[Array, "P F"], w2: Float[Array, "F 2 K H"], b2: Float[Array, "2 K H"]
 ) -> tuple[Float[Array, "P K H"], Float[Array, "P K H"]]:
-    """Returns keys and values: `tanh(vectors @ w1 + b1) w2 + b2`."""
-    made = jnp.einsum("pf,fckh->cpkh", jnp.tanh(dense(vectors, w1, b1)), w2)
+    """Returns a layer's keys and values: `states @ w2 + b2`."""
+    made = jnp.einsum("pf,fckh->cpkh", states, w2)
     keys, values = made + jnp.broadcast_to(b2[:, None], made.shape)
     return keys, values
 
 
-class ReparametrisedPrefix(nn.Module):
-    """What makes the keys and values of one layer out of trained vectors.
+class MadePrefix(nn.Module):
+    """What makes the keys and values of one layer out of S.
 
     Attributes:
       length: P.
@@ -90,13 +115,9 @@ class ReparametrisedPrefix(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "P K H"], Float[Array, "P K H"]]:
         """Returns the keys and the values, which every row and every query attends to."""
-        heads = (self.num_heads, self.head_dim)
-        width = self.num_heads * self.head_dim
-        into, out = (initializers.uniform_within(1.0 / math.sqrt(n)) for n in (width, self.hidden))
-        return reparametrised_prefix(
-            self.param(VECTORS, nn.initializers.normal(1.0), (self.length, width)),
-            self.param("w1", into, (width, self.hidden)),
-            self.param("b1", into, (self.hidden,)),
+        heads, out = (self.num_heads, self.head_dim), initializers.uniform_within(1.0 / math.sqrt(self.hidden))
+        return made_prefix(
+            self.param(STATES, nn.initializers.zeros, (self.length, self.hidden)),
             self.param("w2", out, (self.hidden, 2, *heads)),
             self.param("b2", out, (2, *heads)),
         )
@@ -106,10 +127,10 @@ def folded_prefixes(tree: Tree) -> Tree:
     """Returns a tree of sites, stacked over layers or not, with keys and values in the place of what makes them."""
     if not isinstance(tree, dict):
         return tree
-    if VECTORS not in tree:
+    if STATES not in tree:
         return {name: folded_prefixes(node) for name, node in tree.items()}
-    made = reparametrised_prefix if tree[VECTORS].ndim == 2 else jax.vmap(reparametrised_prefix)
-    keys, values = made(*(jnp.asarray(tree[name]) for name in (VECTORS, "w1", "b1", "w2", "b2")))
+    made = made_prefix if tree[STATES].ndim == 2 else jax.vmap(made_prefix)
+    keys, values = made(*(jnp.asarray(tree[name]) for name in (STATES, "w2", "b2")))
     return {"keys": np.asarray(keys), "values": np.asarray(values)}
 
 
@@ -132,13 +153,15 @@ class PrefixTuning(TargetedMethod):
     letters = {"P": "prefix_length"}
     starts_plain = False
     more_sizes = ("prefix_length", "hidden")
+    shared = (STATES,)
 
     prefix_length: int = 20
     targets: str = "attention$"
     hidden: int | None = None
 
     def sites(self) -> Sites:
-        return Sites(attention=self.fill)
+        common = None if self.hidden is None else PrefixNetwork(self.prefix_length, self.hidden)
+        return Sites(input=common, attention=self.fill)
 
     def fill(self, site: AttentionSite, name: str) -> nn.Module | None:
         """Returns the prefix of an attention layer, or `None` when `targets` does not match its path."""
@@ -146,15 +169,22 @@ class PrefixTuning(TargetedMethod):
             return None
         if self.hidden is None:
             return Prefix(self.prefix_length, site.num_heads, site.head_dim, name=name)
-        return ReparametrisedPrefix(self.prefix_length, site.num_heads, site.head_dim, self.hidden, name=name)
+        return MadePrefix(self.prefix_length, site.num_heads, site.head_dim, self.hidden, name=name)
+
+    def inner(self, trainable: Tree) -> Tree:
+        layers = super().inner(trainable)
+        if self.hidden is None:
+            return layers
+        states = prefix_states(*(jnp.asarray(trainable["input"][name]) for name in ("vectors", "w1", "b1")))
+        return beside_layers(layers, "w2", lambda i: {STATES: states})
 
     def fold(self, trainable: Tree) -> tuple[Method, Tree]:
         if self.hidden is None:
             return self, trainable
-        return dataclasses.replace(self, hidden=None), folded_prefixes(trainable)
+        return dataclasses.replace(self, hidden=None), {"backbone": folded_prefixes(self.inner(trainable))}
 
     def group(self, path: tuple[str, ...]) -> str:
-        return "prompt" if path[-1] in ("keys", "values", VECTORS) else "low_rank"
+        return "prompt" if path[-1] in ("keys", "values", "vectors") else "low_rank"
 
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
         # Keys and values live on the scale of a layer's own, not of the embeddings; 1e-2 is P-tuning v2's usual rate.

@@ -10,7 +10,7 @@ import pytest
 from deptjax.errors import UserError
 from deptjax.methods import AttentionSite, PrefixTuning
 from deptjax.methods.base import Sites
-from deptjax.methods.prefix_tuning import reparametrised_prefix
+from deptjax.methods.prefix_tuning import made_prefix, prefix_states
 from deptjax.models.causal import Attention, Context
 from deptjax.models.layers import extra_segments
 from deptjax.models.rope import rope_angles, rope_frequencies, rotate
@@ -69,36 +69,72 @@ def test_every_layer_has_keys_and_values_of_its_own_size() -> None:
             assert np.std(np.concatenate([np.ravel(leaf) for leaf in leaves])) == pytest.approx(0.02, rel=0.2)
 
 
-def test_reparametrised_keys_and_values_are_a_tanh_between_two_layers() -> None:
+def test_made_keys_and_values_are_a_tanh_between_two_layers() -> None:
     random, (heads, head_dim, hidden) = np.random.default_rng(0), (2, 3, 5)
-    shapes = [(P, 6), (6, hidden), (hidden,), (hidden, 2, heads, head_dim), (2, heads, head_dim)]
+    shapes = [(P, 7), (7, hidden), (hidden,), (hidden, 2, heads, head_dim), (2, heads, head_dim)]
     vectors, w1, b1, w2, b2 = (random.standard_normal(shape) for shape in shapes)
     flat = np.tanh(vectors @ w1 + b1) @ w2.reshape(hidden, -1) + b2.reshape(-1)
     wanted = flat.reshape(P, 2, heads, head_dim).swapaxes(0, 1)
-    got = reparametrised_prefix(*(jnp.asarray(a, jnp.float32) for a in (vectors, w1, b1, w2, b2)))
+    vectors, w1, b1, w2, b2 = (jnp.asarray(a, jnp.float32) for a in (vectors, w1, b1, w2, b2))
+    got = made_prefix(prefix_states(vectors, w1, b1), w2, b2)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
-def test_a_reparametrised_prefix_learns_and_starts_as_torchs_layers() -> None:
-    """Every layer's parameters move, with rates of their own for vectors and network."""
+@pytest.mark.parametrize("scan", [False, True])
+def test_one_network_makes_the_prefixes_of_all_layers(scan: bool) -> None:
+    """Its first half is kept once; every part moves, at rates of its own for vectors and network."""
     method = PrefixTuning(prefix_length=P, hidden=64)
-    case = make_case(backbone_of("llama"), method)
+    case = make_case(backbone_of("llama", scan), method)
     c = case.backbone.config
     width = c.num_kv_heads * c.head_dim
-    first = case.trainable["backbone"]["layers_1"]["attention"]["site"]
-    size = P * width + width * 64 + 64 + 64 * 2 * width + 2 * width
-    assert sum(leaf.size for leaf in jax.tree.leaves(case.trainable)) == c.num_layers * size
-    for name, fan_in in {"w1": width, "b1": width, "w2": 64, "b2": 64}.items():
-        assert 0.8 / np.sqrt(fan_in) < np.abs(first[name]).max() <= 1 / np.sqrt(fan_in)
+    once, own = case.trainable["input"], case.trainable["backbone"]
+    assert {name: leaf.shape for name, leaf in once.items()} == {
+        "vectors": (P, c.width),
+        "w1": (c.width, 64),
+        "b1": (64,),
+    }
+    assert sum(leaf.size for leaf in jax.tree.leaves(own)) == c.num_layers * (64 * 2 * width + 2 * width)
+    first = own["layers" if scan else "layers_1"]["attention"]["site"]
+    for leaf, fan_in in ((once["w1"], c.width), (once["b1"], c.width), (first["w2"], 64), (first["b2"], 64)):
+        assert 0.8 / np.sqrt(fan_in) < np.abs(leaf).max() <= 1 / np.sqrt(fan_in)
     state, losses = case.state(), []
     for _ in range(3):
         state, metrics = case.step(state, case.frozen, some_batch())
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), state.trainable, case.trainable)))
-    groups = set(jax.tree.leaves(method.groups(case.trainable)))
-    assert groups == method.learning_rates(0.1).keys() == {"prompt", "low_rank"}
-    assert method.groups(case.trainable)["backbone"]["layers_0"]["attention"]["site"]["vectors"] == "prompt"
+    groups = method.groups(case.trainable)
+    assert set(jax.tree.leaves(groups)) == method.learning_rates(0.1).keys() == {"prompt", "low_rank"}
+    assert groups["input"]["vectors"] == "prompt"
+
+
+def test_what_is_common_has_the_sum_of_its_gradients() -> None:
+    """As if each layer had a copy of the network, all equal."""
+    case = make_case(backbone_of("llama"), PrefixTuning(prefix_length=P, hidden=7))
+
+    def loss(once: list) -> jax.Array:
+        """Of one network a layer."""
+        layers = [PrefixTuning(prefix_length=P, hidden=7).inner({**case.moved, "input": own}) for own in once]
+        inner = {name: layers[i][name] for i, name in enumerate(("layers_0", "layers_1"))}
+        plain = make_case(case.backbone, PrefixTuning(prefix_length=P))
+        logits = plain.model.target_logits({"backbone": made(inner)}, plain.frozen, some_batch())
+        return jnp.sum(jax.nn.log_softmax(logits)[..., 4])
+
+    def made(tree: dict) -> dict:
+        if "w2" not in tree:
+            return {name: made(node) for name, node in tree.items()}
+        return dict(zip(("keys", "values"), made_prefix(tree["states"], tree["w2"], tree["b2"]), strict=True))
+
+    apart = jax.jit(jax.grad(loss))([case.moved["input"]] * 2)
+    wanted = jax.tree.map(jnp.add, *apart)
+
+    def of_one(once: dict) -> jax.Array:
+        logits = case.model.target_logits({**case.moved, "input": once}, case.frozen, some_batch())
+        return jnp.sum(jax.nn.log_softmax(logits)[..., 4])
+
+    got = jax.jit(jax.grad(of_one))(case.moved["input"])
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-5 * np.abs(leaf).max())
 
 
 @pytest.mark.parametrize(
