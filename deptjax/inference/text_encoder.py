@@ -67,17 +67,21 @@ class TextEncoder:
         """
         if not texts:
             return []
-        ids = self.backbone.tokenizer(list(texts), truncation=True, max_length=self._limit, verbose=False)
-        found = [np.asarray(row, np.int32) for row in ids["input_ids"]]
-        if not self._told_cut and any(len(row) >= self._limit for row in found):
-            self._told_cut = True
-            logger.warning(
-                "encoder '%s': texts of more than %d tokens, encoder_length, are cut", self.choice.name, self._limit
-            )
+        found = list(self.backbone.tokenizer(list(texts), verbose=False)["input_ids"])
+        if long := [place for place, row in enumerate(found) if len(row) > self._limit]:
+            if not self._told_cut:
+                self._told_cut = True
+                logger.warning(
+                    "encoder '%s': texts of more than %d tokens, encoder_length, are cut", self.choice.name, self._limit
+                )
+            # By the tokenizer, which knows what stands at a text's end whatever its length.
+            cut = self.backbone.tokenizer([texts[place] for place in long], truncation=True, max_length=self._limit)
+            for place, row in zip(long, cut["input_ids"], strict=True):
+                found[place] = row
         for text, row in zip(texts, found, strict=True):
-            if not row.size:
+            if not row:
                 raise UserError(f"encoder '{self.choice.name}': the text {text!r:.40} has no tokens; give a text")
-        return found
+        return [np.asarray(row, np.int32) for row in found]
 
     def vectors(self, rows: Sequence[np.ndarray], weights: Tree | None = None) -> np.ndarray:
         """Returns the vectors (N, H) float32 of texts in the encoder's tokens; `weights` replace its own."""

@@ -146,6 +146,22 @@ def test_an_encoder_of_its_own_has_its_own_tokens(tmp_path: pathlib.Path) -> Non
         Predictor(backbone_of("llama"), saved, encoder=tiny_llama(width=32))
 
 
+def test_only_what_is_longer_than_the_limit_is_cut_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    reader = tiny_t5()
+    text = "the film is good"
+    exact = reader.tokenizer(text).input_ids
+    encoder = TextEncoder(reader, choice(name="reader", max_length=len(exact)))
+    with caplog.at_level("WARNING"):
+        assert list(encoder.tokens([text])[0]) == exact
+        assert not caplog.records
+        whole, cut = encoder.tokens([text, f"{text} and sad"])
+    assert list(whole) == exact
+    assert list(cut) == reader.tokenizer(f"{text} and sad", truncation=True, max_length=len(exact)).input_ids
+    assert [r.message for r in caplog.records] == [
+        f"encoder 'reader': texts of more than {len(exact)} tokens, encoder_length, are cut"
+    ]
+
+
 def test_mistakes_are_told_before_anything_is_trained(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"lopa: encoder: '\./gone': there is no such file or folder"):
         train(backbone_of("llama"), LoPA(encoder="./gone"), review_task(), tmp_path / "run", **SMALL)
