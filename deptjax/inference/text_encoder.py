@@ -104,16 +104,33 @@ class TextEncoder:
         """Returns the function for a step that tunes the encoder, which keeps of its layers what `remat` says."""
         return Encoding.of(dataclasses.replace(self.backbone.config, remat=remat), self.choice)
 
-    def check_start(self, prompt: Prompt, where: str) -> None:
-        """Raises `UserError` for a prompt to start from that was tuned with another encoder."""
+    def started_from(self, prompt: Prompt, where: str) -> Prompt:
+        """Returns a prompt to start from, as `laid_out` does.
+
+        Raises `UserError`, which begins with `where`, for one that was tuned with another encoder.
+        """
         if prompt.encoder is None:
-            return
+            return prompt
         if ENCODER in prompt.trainable and not self.choice.trainable:
             raise UserError(f"{where} was tuned together with its encoder; start from it with encoder_trainable")
         try:
             _check_same(self.backbone, prompt.encoder)
+            return self.laid_out(prompt)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+    def laid_out(self, prompt: Prompt) -> Prompt:
+        """Returns a prompt with the weights of its tuned encoder, if it has them, in this one's layout of layers.
+
+        Raises `UserError` for weights that are not of this encoder's shapes.
+        """
+        tuned = prompt.trainable.get(ENCODER)
+        if tuned is None:
+            return prompt
+        weights = with_layout(tuned, self.backbone.config.scan_layers)
+        if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, self.backbone.params):
+            raise UserError(f"its tuned encoder's weights are not those of '{self.backbone.name}'")
+        return dataclasses.replace(prompt, trainable={**prompt.trainable, ENCODER: weights})
 
     def card(self) -> dict[str, Any]:
         """Returns what a saved prompt says of its encoder: the name, and the fingerprint of its weights."""
@@ -201,9 +218,7 @@ class SavedEncoders:
         _check_same(encoder.backbone, prompt.encoder)
         if tuned is None:
             return encoder
-        weights = with_layout(tuned, encoder.backbone.config.scan_layers)
-        if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, encoder.backbone.params):
-            raise UserError(f"its tuned encoder's weights are not those of '{encoder.backbone.name}'")
+        weights = encoder.laid_out(prompt).trainable[ENCODER]
         own = dataclasses.replace(encoder.backbone, params=jax.tree.map(jnp.asarray, weights))
         return TextEncoder(own, frozen)
 

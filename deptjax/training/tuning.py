@@ -120,7 +120,7 @@ class Tuning:
         prompt = Prompt.load(self.config.start_from)
         prompt.check_backbone(self.backbone, self.config.start_from)
         if self.encoder is not None:
-            self.encoder.check_start(prompt, self.config.start_from)
+            prompt = self.encoder.started_from(prompt, self.config.start_from)
         return prompt.on(self.backbone)
 
     def optimizer(self, groups: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:

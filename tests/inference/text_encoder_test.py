@@ -22,8 +22,10 @@ from deptjax.models.layout import with_layout
 from deptjax.models.pooling import pool
 from deptjax.prompt import Prompt
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
+from deptjax.training.config import TrainConfig
 from deptjax.training.population import train_population
 from deptjax.training.run import train
+from deptjax.training.tuning import Tuning
 from tests.cases import backbone_of
 from tests.reviews import review_rows, review_task
 
@@ -242,6 +244,17 @@ def test_a_tuned_encoder_is_used_in_the_other_layout_of_layers(tmp_path: pathlib
     scan = dataclasses.replace(loop, config=config, params=with_layout(loop.params, scan_layers=True))
     one, other = (Predictor(backbone, run.prompt)(TEXTS[:2]) for backbone in (loop, scan))
     assert [a.scores for a in other] == [pytest.approx(a.scores, abs=1e-5) for a in one]
+
+    config = TrainConfig(start_from=str(run.workdir / "prompt"))
+    started, _, _ = Tuning.prepare(scan, method, review_task(), config).start()
+    wanted = with_layout(run.prompt.trainable["encoder"], scan_layers=True)
+    jax.tree.map(np.testing.assert_array_equal, started["encoder"], wanted)
+    small = jax.tree.map(lambda leaf: leaf[:1], run.prompt.trainable["encoder"])
+    wrong = dataclasses.replace(run.prompt, trainable={**run.prompt.trainable, "encoder": small})
+    wrong.save(tmp_path / "wrong")
+    config = TrainConfig(start_from=str(tmp_path / "wrong"))
+    with pytest.raises(UserError, match=r"wrong: its tuned encoder's weights are not those of 'tiny-llama'"):
+        Tuning.prepare(scan, method, review_task(), config).start()
 
 
 def test_a_run_starts_from_one_with_a_frozen_encoder(tmp_path: pathlib.Path) -> None:
