@@ -15,7 +15,10 @@ from deptjax.data.loaded import loaded_once
 from deptjax.data.tasks import Task, TaskData
 from deptjax.errors import UserError
 from deptjax.inference.predictor import evaluate
+from deptjax.inference.text_encoder import load_encoder
 from deptjax.memory import peak_can_be_reset, release_unused
+from deptjax.methods.base import Method
+from deptjax.methods.encoded import ITSELF
 from deptjax.models.backbone import Backbone
 from deptjax.prompt import Prompt
 from deptjax.suite.folder import SuiteFolder
@@ -92,6 +95,8 @@ def _told(record: dict[str, Any]) -> str:
 class InProcess:
     """Trains cells one after the other in this process: the backbone is loaded once, and the rows of each task once.
 
+    So is each encoder that methods name.
+
     Args:
       plan: what the cells belong to.
       load: returns the backbone; called when the first cell is trained.
@@ -110,6 +115,7 @@ class InProcess:
         self._plan, self._load, self._progress, self._notes = plan, load, progress, notes
         self._folder = SuiteFolder(plan.workdir)
         self._backbone: Backbone | None = None
+        self._encoders: dict[str, Backbone] = {}
         self._task: tuple[Task, TaskData, Task] | None = None
         self._begun = 0
 
@@ -141,6 +147,15 @@ class InProcess:
             self._backbone = self._load()
         return self._backbone
 
+    def _encoder(self, method: Method) -> Backbone | None:
+        """Returns the encoder that a method names, loaded, or `None` for one without, or with the backbone for it."""
+        choice = method.encoder_choice()
+        if choice is None or choice.name == ITSELF:
+            return None
+        if choice.name not in self._encoders:
+            self._encoders[choice.name] = load_encoder(choice.name, f"{method.kind}: encoder")
+        return self._encoders[choice.name]
+
     def _write_done(self, cell: Cell, test: Mapping[str, float], seconds: float, peak_of: str) -> None:
         record = {
             "status": "done",
@@ -170,6 +185,7 @@ class InProcess:
             self._folder.run(cell),
             progress=self._progress,
             notes=notes,
+            encoder=self._encoder(recipe.method),
             **{**recipe.settings, "seed": cell.seed},
         )
         if not run.finished:
@@ -185,7 +201,8 @@ class InProcess:
         hidden = None if self._progress is None else not self._progress
         with tqdm(total=rows, desc="test", unit=" rows", disable=hidden, dynamic_ncols=True) as bar:
             size = recipe.config(cell.seed).eval_batch_size
-            return evaluate(backbone, prompt, task, examples=rows, batch_size=size, on_rows=bar.update)
+            encoder = self._encoder(prompt.method)
+            return evaluate(backbone, prompt, task, examples=rows, batch_size=size, on_rows=bar.update, encoder=encoder)
 
     def _rows(self, asked: Task) -> tuple[TaskData, Task]:
         if self._task is None or self._task[0] != asked:

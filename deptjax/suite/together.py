@@ -90,5 +90,6 @@ class Together(InProcess):
             folders=folders,
             progress=self._progress,
             notes=self._notes(recipe.method, data.task, recipe.config(first.seed)),
+            encoder=self._encoder(recipe.method),
             **recipe.settings,
         )

@@ -89,6 +89,7 @@ def train_population(
     progress: bool | None = None,
     placement: Placement | None = None,
     notes: Mapping[str, str] | None = None,
+    encoder: Backbone | None = None,
     **settings: Any,
 ) -> Population:
     """Tunes all `members` at once, each into a run's folder of its own, and keeps the best prompt of each task.
@@ -115,6 +116,7 @@ def train_population(
       progress: whether to draw a progress bar; `None` draws one on a terminal, `False` prints nothing at all.
       placement: the devices; by default all there are.
       notes: texts to put into the folder of a new population, by file name.
+      encoder: as `train` takes it.
       **settings: the fields of `TrainConfig`, for all members.
 
     Raises:
@@ -128,7 +130,7 @@ def train_population(
     if halving < 0 or halving == 1:
         raise UserError(f"halving is {halving}; it must be 2 or more, or 0 to train every member to the end")
     chosen = make_members(method, task, members, settings)
-    tunings = _tunings(backbone, chosen)
+    tunings = _tunings(backbone, chosen, encoder)
     first = tunings[0]
     evaluated = [bool(config.eval_every and tuning.encoded.dev) for tuning in tunings]
     if halving and not all(evaluated):
@@ -188,7 +190,7 @@ def train_population(
         return _finish(own_folder, member_folders, chosen, outcome, parameters, peak.mib)
 
 
-def _tunings(backbone: Backbone, members: Sequence[Member]) -> list[Tuning]:
+def _tunings(backbone: Backbone, members: Sequence[Member], encoder: Backbone | None) -> list[Tuning]:
     """Returns the members' tunings, the rows of each task read once. Raises `UserError` for what cannot be stacked."""
     encoded: dict[Any, EncodedTask] = {}
     encoders: dict[Any, TextEncoder | None] = {}
@@ -198,7 +200,7 @@ def _tunings(backbone: Backbone, members: Sequence[Member]) -> list[Tuning]:
         method = member.method.resolve(backbone.width)
         choice = method.encoder_choice()
         if choice not in encoders:
-            encoders[choice] = encoder_of(method, backbone)
+            encoders[choice] = encoder_of(method, backbone, encoder)
         key = (id(member.task), method.source_limit(), choice)
         if key not in encoded:
             encoded[key] = encode_task(backbone, method, member.task, config, encoders[choice])
