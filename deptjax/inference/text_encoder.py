@@ -21,7 +21,7 @@ import numpy as np
 from deptjax.data.buckets import power_of_two
 from deptjax.data.pipeline import pad
 from deptjax.errors import UserError
-from deptjax.methods.base import ENCODER, EncoderChoice, Method
+from deptjax.methods.base import ENCODER, POOLINGS, EncoderChoice, Method
 from deptjax.methods.encoded import ITSELF
 from deptjax.models.backbone import Backbone
 from deptjax.models.encoder import Encoding
@@ -172,7 +172,35 @@ def encoder_of(method: Method, backbone: Backbone, given: Backbone | None = None
     Raises `UserError` for an encoder that cannot be loaded, or whose width is not the method's.
     """
     choice = method.encoder_choice()
-    return None if choice is None else _opened(method, choice, backbone, given)
+    if choice is None:
+        return None
+    encoder = _opened(method, choice, backbone, given)
+    return TextEncoder(encoder.backbone, _pooled(choice, encoder.backbone))
+
+
+def _pooled(choice: EncoderChoice, encoder: Backbone) -> EncoderChoice:
+    """Returns a choice with what it leaves open as the encoder's files have it. Raises `UserError` where it cannot be.
+
+    A saved prompt says what its run took, so what lies beside an encoder's weights later changes nothing.
+    """
+    told = encoder.sentence
+    if choice.pooling is not None or told is None:
+        return choice._replace(normalize=bool(choice.normalize))
+    if told.pooling not in POOLINGS:
+        raise UserError(
+            f"encoder '{choice.name}': its files pool by {told.pooling}, which is not implemented; name one of "
+            f"{', '.join(POOLINGS)} as encoder_pooling"
+        )
+    found = choice._replace(
+        pooling=told.pooling, normalize=told.normalize if choice.normalize is None else choice.normalize
+    )
+    logger.warning(
+        "encoder '%s': pooled by %s%s, as its files say; encoder_pooling and encoder_normalize say otherwise",
+        choice.name,
+        found.pooling,
+        ", normalised" if found.normalize else "",
+    )
+    return found
 
 
 def _opened(method: Method, choice: EncoderChoice, backbone: Backbone, given: Backbone | None) -> TextEncoder:

@@ -383,6 +383,8 @@ def download(name: str, revision: str | None = None, weights: bool = True) -> Pa
             allow_patterns=["*.json", *(["*.safetensors"] if weights else []), "*.model", "*.txt", "*.jinja"],
             ignore_patterns=["*/*", "consolidated*"],  # exports to other formats, and a second copy of the weights
         )
+        if (Path(folder) / "modules.json").is_file():  # of sentence-transformers: how a text's vector is pooled
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*_Pooling/config.json"])
     except errors.GatedRepoError:
         raise UserError(
             f"{where}: the model is gated; accept its terms on the hub and log in with `hf auth login`"

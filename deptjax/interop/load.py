@@ -18,11 +18,13 @@ from deptjax.interop.gguf import GGUFFile, config_from_gguf
 from deptjax.interop.huggingface import download, read_config
 from deptjax.interop.names import entries, with_parts
 from deptjax.interop.safetensors import SafetensorsFolder
+from deptjax.interop.sentence_transformers import sentence_pooling
 from deptjax.interop.t5x import fill_t5x, t5x_config
 from deptjax.interop.t5x_store import BUCKET, T5XStore, is_t5x
 from deptjax.interop.tokenizers import TOKENIZER_FILES, chosen_tokenizer, load_tokenizer, tokenizer_from_gguf
 from deptjax.models.backbone import Backbone
 from deptjax.models.fused_attention import check_name, check_runs_here
+from deptjax.models.pooling import SentencePooling
 from deptjax.models.sizes import weight_bytes
 from deptjax.quantization import check_scheme
 from deptjax.sharding import Placement
@@ -101,7 +103,7 @@ def load_backbone(
     placement = _placement(config, mesh, sharding_rules)
     place = None if placement.mesh.size == 1 else Sharded(placement)
     params = opened.fill(config, scan_layers=scan_layers, dtype=dtype, quantize=quantize, place=place)
-    return Backbone(str(name_or_path), config, params, chosen, placement)
+    return Backbone(str(name_or_path), config, params, chosen, placement, opened.sentence)
 
 
 def _is_large(config: Any) -> bool:
@@ -120,12 +122,13 @@ def _placement(config: Any, mesh: Any, rules: Any) -> Placement:
 
 
 class _Opened(NamedTuple):
-    """A checkpoint of some format: its config, and what reads its tokenizer and its parameters."""
+    """A checkpoint of some format: its config, what reads its tokenizer and its parameters, how it pools, if so."""
 
     where: str
     config: Any
     tokenizer: Callable[[], Any]
     fill: Callable[..., Tree]
+    sentence: SentencePooling | None = None
 
 
 def _open(place: str | Path) -> _Opened:
@@ -134,11 +137,12 @@ def _open(place: str | Path) -> _Opened:
         return _Opened(store.where, t5x_config(store), partial(_tokenizer_beside, store.where), _with(fill_t5x, store))
     path = Path(place)
     if path.is_dir():
+        sentence = sentence_pooling(path)
         inner = path / _SENTENCE_TRANSFORMER
         path = inner if (inner / "config.json").is_file() and not (path / "config.json").exists() else path
         config, source = read_config(path), SafetensorsFolder(path)
         config = with_parts(config, source.names())
-        return _Opened(str(path), config, partial(load_tokenizer, path), _with(fill_tree, source))
+        return _Opened(str(path), config, partial(load_tokenizer, path), _with(fill_tree, source), sentence)
     file = GGUFFile(path)
     tokenizer = partial(tokenizer_from_gguf, file.metadata, str(path))
     return _Opened(str(path), config_from_gguf(file), tokenizer, _with(fill_tree, file))

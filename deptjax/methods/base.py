@@ -100,15 +100,15 @@ class EncoderChoice(NamedTuple):
 
     Attributes:
       name: as `load_backbone` takes it, or `backbone`.
-      pooling: one of `POOLINGS`; `None` takes what is usual for the encoder's family.
-      normalize: whether vectors are scaled to length 1.
+      pooling: one of `POOLINGS`; `None` takes what the encoder's files say, else what is usual for its family.
+      normalize: whether vectors are scaled to length 1; `None` leaves it to the encoder's files.
       max_length: the most tokens of a text that it reads.
       trainable: whether its weights are tuned too.
     """
 
     name: str
     pooling: str | None
-    normalize: bool
+    normalize: bool | None
     max_length: int
     trainable: bool
 
@@ -282,6 +282,10 @@ class Method:
     def encoding_width(self) -> int | None:
         """Returns H, the width of an encoder's vectors, or `None` for a method without one."""
         return None
+
+    def with_encoder(self, choice: EncoderChoice, width: int) -> Method:
+        """Returns the method for an encoder that is used so, and whose vectors have this width."""
+        return self.with_encoding_width(width)
 
     def with_encoding_width(self, width: int) -> Method:
         """Returns the method for an encoder whose vectors have this width."""

@@ -25,8 +25,10 @@ class EncodedMethod(InputMethod):
     Attributes:
       encoder: the model that reads the texts, as `load_backbone` takes it, or `backbone` for the tuned model itself.
       encoder_pooling: the text's vector: the state of its `first` token, of its `last`, their `mean`, or `pooled` by
-        the checkpoint's own layer; `None` takes the first token of BERT's family, the mean of T5's, else the last.
-      encoder_normalize: whether the vector is scaled to length 1.
+        the checkpoint's own layer; `None` takes what the files of a sentence-transformers checkpoint say, else the
+        first token of BERT's family, the mean of T5's, the last of others.
+      encoder_normalize: whether the vector is scaled to length 1; `None` takes what these files say where
+        encoder_pooling does, else does not.
       encoder_length: the most tokens of a text that the encoder reads.
       encoder_trainable: whether the encoder's weights are tuned too; they are then counted, and saved.
       encoder_width: H; found when the encoder is loaded.
@@ -37,7 +39,7 @@ class EncodedMethod(InputMethod):
 
     encoder: str = ITSELF
     encoder_pooling: str | None = None
-    encoder_normalize: bool = False
+    encoder_normalize: bool | None = None
     encoder_length: int = 256
     encoder_trainable: bool = False
     encoder_width: int | None = None
@@ -63,6 +65,9 @@ class EncodedMethod(InputMethod):
         return EncoderChoice(
             self.encoder, self.encoder_pooling, self.encoder_normalize, self.encoder_length, self.encoder_trainable
         )
+
+    def with_encoder(self, choice: EncoderChoice, width: int) -> EncodedMethod:
+        return self.clone(encoder_pooling=choice.pooling, encoder_normalize=choice.normalize, encoder_width=width)
 
     def with_encoding_width(self, width: int) -> EncodedMethod:
         return self.clone(encoder_width=width)

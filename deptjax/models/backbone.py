@@ -14,6 +14,7 @@ import numpy as np
 
 from deptjax.methods.base import Sites, Vocabulary
 from deptjax.models.config import BackboneConfig
+from deptjax.models.pooling import SentencePooling
 from deptjax.quantization import quantize_tree, tree_bytes
 from deptjax.sharding import Placement, to_host
 from deptjax.typing import Array, Tree
@@ -29,7 +30,8 @@ class Backbone:
 
     `name` is what it was loaded from, `config` a `T5Config`, `LlamaConfig`, `GPT2Config` or `BertConfig`, `params` its
     parameter tree (ARCHITECTURE.md has the paths and shapes), `tokenizer` a transformers tokenizer, `placement` the
-    devices that the parameters lie on; without one they are where the default device is.
+    devices that the parameters lie on; without one they are where the default device is. `sentence` is how the
+    checkpoint's files say that a text becomes one vector, where they do.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Backbone:
     params: Tree
     tokenizer: Any
     placement: Placement | None = None
+    sentence: SentencePooling | None = None
 
     def module(self, sites: Sites | None = None) -> Any:
         """Returns the Linen module of the backbone, with `sites` filled (none of them by default)."""

@@ -40,7 +40,7 @@ class Encoding:
                 f"encoder_pooling 'pooled' needs a checkpoint with a pooling layer, and '{choice.name}' has none; take "
                 "first, mean or last"
             )
-        return cls(config.make(), pooling, choice.normalize)
+        return cls(config.make(), pooling, bool(choice.normalize))
 
     def __call__(
         self, params: Tree, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], dropout_key: Key | None = None

@@ -12,12 +12,26 @@ Devlin et al. 2019 (arXiv 1810.04805) for `first` and `pooled`; Reimers and Gure
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import POOLINGS
 from deptjax.typing import Array, Bool, Float
+
+
+class SentencePooling(NamedTuple):
+    """How a checkpoint's own files say that a text's vector is made.
+
+    Attributes:
+      pooling: one of `POOLINGS`, or the name of what is not implemented.
+      normalize: whether vectors are scaled to length 1.
+    """
+
+    pooling: str
+    normalize: bool
 
 
 def check_pooling(pooling: str) -> None:

@@ -84,7 +84,7 @@ class Tuning:
         """
         computed = dataclasses.replace(backbone.config, remat=config.remat)
         encoder = encoder_of(method, backbone) if encoder is None else encoder
-        method = method if encoder is None else method.with_encoding_width(encoder.width)
+        method = method if encoder is None else method.with_encoder(encoder.choice, encoder.width)
         tuned = encoder.tuned(config.remat) if encoder is not None and encoder.choice.trainable else None
         model = PromptedModel.build(
             dataclasses.replace(backbone, config=computed), method, config.share_prompt, encoding=tuned

