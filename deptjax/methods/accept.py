@@ -8,7 +8,8 @@ free weights:
     input    = [P; E + O[:T]]                          row i of O belongs to token i of the text itself
 
 Lin et al., "ACCEPT: Adaptive Codebook for Composite and Efficient Prompt Tuning", EMNLP Findings 2024, arXiv
-2410.12847. The default sizes are those of the authors' T5-base run. Weights start from U(-1/sqrt(K R), 1/sqrt(K R)),
+2410.12847. The default sizes are those of the authors' T5-base run; on a width that their parts do not divide, the
+nearest that do. Weights start from U(-1/sqrt(K R), 1/sqrt(K R)),
 the prompt's codebook from U(-1/sqrt(R t), 1/sqrt(R t)) and the offset's from U(-sqrt(6/(R t)), sqrt(6/(R t))): torch's
 `kaiming_uniform_` as the authors call it. **So the offset is not zero at the start**, as published. Where the prompt
 starts from a text, its weights and codewords are those whose mix is nearest to it (the authors load such ones from a
@@ -28,6 +29,8 @@ from deptjax.methods.base import Texts, Vocabulary, register_method
 from deptjax.methods.input_method import InputMethod
 from deptjax.typing import Array, Float, Key, Tree
 
+PARTS = {"prompt": 32, "offset": 256}  # numbers in a codeword, as the authors have them on T5-base
+
 
 def mixed_codewords(weights: Float[Array, "*M K R"], codebook: Float[Array, "K R t"]) -> Float[Array, "*M D"]:
     """Returns vectors of D = K t numbers: part k of each is its mix of the codewords of codebook k.
@@ -39,6 +42,20 @@ def mixed_codewords(weights: Float[Array, "*M K R"], codebook: Float[Array, "K R
     return parts.reshape(*parts.shape[:-2], -1)
 
 
+def divisors(width: int) -> list[int]:
+    """Returns the numbers that divide a width, the smallest first."""
+    return [n for n in range(1, width + 1) if width % n == 0]
+
+
+def nearest_part(width: int, wanted: int) -> int:
+    """Returns the number nearest to `wanted` that divides a width, of two the smaller one.
+
+    >>> nearest_part(576, 256), nearest_part(768, 256)
+    (288, 256)
+    """
+    return min(divisors(width), key=lambda part: abs(part - wanted))
+
+
 def codebooks(width: int, part: int, field: str) -> int:
     """Returns K, how many parts of `part` numbers `width` has. Raises `UserError` naming the field where it has none.
 
@@ -47,8 +64,8 @@ def codebooks(width: int, part: int, field: str) -> int:
     """
     if width % part == 0:
         return width // part
-    divisors = [n for n in range(1, width + 1) if width % n == 0]
-    near = [n for n in divisors if n < part][-1:] + [n for n in divisors if n > part][:1]
+    parts = divisors(width)
+    near = [n for n in parts if n < part][-1:] + [n for n in parts if n > part][:1]
     known = " or ".join(map(str, near))
     raise UserError(f"accept: {field} {part} does not divide the backbone's width {width}; use {known}")
 
@@ -59,10 +76,11 @@ class ACCEPT(InputMethod):
 
     Attributes:
       prompt_length: M, vectors in front of the text.
-      prompt_part: t of the prompt, numbers in a codeword; it must divide the width of the embeddings.
+      prompt_part: t of the prompt, numbers in a codeword; it must divide the width of the embeddings. `None` is the
+        number nearest to the authors' 32 that does.
       prompt_codewords: R of the prompt, codewords in a codebook.
       max_length: X, the longest text in tokens that has offsets.
-      offset_part: t of the offsets, as `prompt_part`.
+      offset_part: t of the offsets, as `prompt_part`; `None` is the one nearest to their 256.
       offset_codewords: R of the offsets.
       prompt_init: `random` keeps weights and codewords as they are drawn; text, vocab (sampled), labels, or a saved
         prompt's folder starts from those whose mix is nearest to that prompt.
@@ -91,18 +109,27 @@ class ACCEPT(InputMethod):
     in_front = {"prompt_weights": -3}
 
     prompt_length: int = 60
-    prompt_part: int = 32
+    prompt_part: int | None = None
     prompt_codewords: int = 20
     max_length: int = 256
-    offset_part: int = 256
+    offset_part: int | None = None
     offset_codewords: int = 20
     prompt_init: str = "text"
     prompt_text: str = initializers.DEFAULT_TEXT
 
     def resolve(self, width: int) -> ACCEPT:
-        codebooks(width, self.prompt_part, "prompt_part")
-        codebooks(width, self.offset_part, "offset_part")
-        return self
+        prompt, offset = (self._part(name, width) for name in ("prompt", "offset"))
+        if (self.prompt_part, self.offset_part) == (prompt, offset):
+            return self
+        return self.clone(prompt_part=prompt, offset_part=offset)
+
+    def _part(self, name: str, width: int) -> int:
+        """Returns t of one of the two. Raises `UserError` for one that is given and does not divide the width."""
+        part = getattr(self, f"{name}_part")
+        if part is None:
+            return nearest_part(width, PARTS[name])
+        codebooks(width, part, f"{name}_part")
+        return part
 
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
@@ -110,18 +137,19 @@ class ACCEPT(InputMethod):
         width, length, positions = embeds.shape[-1], embeds.shape[1], texts.positions
         if positions is None and length > self.max_length:
             raise UserError(f"{length} tokens are more than max_length {self.max_length}; raise max_length")
-        prompt = self._mixed("prompt", self.prompt_length, width, self.prompt_part, self.prompt_codewords, 1.0)
+        prompt = self._mixed("prompt", self.prompt_length, width, self.prompt_codewords, 1.0)
         # torch's gain without `a` is sqrt(2), and 1/sqrt(3) with a = sqrt(5).
-        offset = self._mixed("offset", self.max_length, width, self.offset_part, self.offset_codewords, math.sqrt(6.0))
+        offset = self._mixed("offset", self.max_length, width, self.offset_codewords, math.sqrt(6.0))
         if positions is None:
             offset = offset[:length]
         else:  # an index outside gets zeros: no offset for padding, none behind max_length
             offset = offset.at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
         return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
 
-    def _mixed(self, name: str, rows: int, width: int, part: int, codewords: int, gain: float) -> Float[Array, "_ D"]:
+    def _mixed(self, name: str, rows: int, width: int, codewords: int, gain: float) -> Float[Array, "_ D"]:
         """Returns the vectors of one of the two, of parameters `NAME_weights` and `NAME_codebook`."""
-        count = codebooks(width, part, f"{name}_part")
+        part = self._part(name, width)
+        count = width // part
         start = initializers.uniform_within(1.0 / math.sqrt(count * codewords))
         weights = self.param(f"{name}_weights", start, (rows, count, codewords))
         start = initializers.uniform_within(gain / math.sqrt(codewords * part))
@@ -131,7 +159,7 @@ class ACCEPT(InputMethod):
         if self.prompt_init == "random":
             return params
         start = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, self.prompt_length, vocabulary)
-        parts = start.reshape(self.prompt_length, -1, self.prompt_part).swapaxes(0, 1)
+        parts = start.reshape(self.prompt_length, -1, params["prompt_codebook"].shape[-1]).swapaxes(0, 1)
         weights, codebook = initializers.fitted_factors(parts, params["prompt_codebook"])
         return {**params, "prompt_weights": weights.swapaxes(0, 1), "prompt_codebook": codebook}
 

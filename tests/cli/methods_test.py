@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
+from deptjax.cli.methods import described
 from deptjax.methods import DePT, method_class, method_names
 from deptjax.models.sizes import SIZES
 from deptjax.planning.budget import trained_parameters, within_budget
@@ -61,7 +63,10 @@ def test_a_budget_is_kept_and_used(deptjax: Command, model: str) -> None:
 
 def test_mistakes(deptjax: Command) -> None:
     told = deptjax("methods", "--model", "smollm2-135m").out
-    assert "offset_part 256 does not divide" in " ".join(told.split())
+    assert "offset_part 288" in " ".join(told.split())  # the nearest to its default that divides 576
+    odd = described(dataclasses.replace(SIZES["gpt2"], width=756), "idpg")
+    assert odd["parameters"] is None
+    assert "factors 16 does not divide the encoder's width" in odd["refused"]
     assert "\nprompt_tuning " in told
     assert "is neither a known size" in deptjax("methods", "--model", "t5-bse").error
     assert "--budget" in deptjax("methods", "--budget", "many").error

@@ -111,9 +111,23 @@ def test_a_part_that_does_not_divide_names_those_that_do(width: int, part: int, 
         codebooks(width, part, "offset_part")
 
 
+@pytest.mark.parametrize(
+    ("width", "prompt", "offset"), [(768, 32, 256), (576, 32, 288), (4096, 32, 256), (24, 24, 24), (97, 1, 97)]
+)
+def test_parts_that_nobody_gave_are_the_nearest_that_divide(width: int, prompt: int, offset: int) -> None:
+    """And are no different in the module itself, which is not told of the width before it runs."""
+    method = ACCEPT(5, None, 3, X, None, 2, prompt_init="random")
+    settled = method.resolve(width)
+    assert (settled.prompt_part, settled.offset_part) == (prompt, offset)
+    assert settled.resolve(width) is settled
+    assert size_of(method, width) == size_of(settled, width)
+
+
 def test_mistakes_are_found_before_the_first_step() -> None:
     with pytest.raises(UserError, match="accept: prompt_part 32 does not divide the backbone's width 24; use 24"):
-        ACCEPT().resolve(24)
+        ACCEPT(prompt_part=32).resolve(24)
+    with pytest.raises(UserError, match="accept: offset_part 256 does not divide the backbone's width 576; use 192 or"):
+        ACCEPT(offset_part=256).resolve(576)
     with pytest.raises(UserError, match="accept: offset_codewords is 0; it must be at least 1"):
         ACCEPT(offset_codewords=0)
     with pytest.raises(UserError, match="accept: prompt_part is 0"):
