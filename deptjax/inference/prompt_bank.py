@@ -54,7 +54,8 @@ class PromptBank:
       backbone: the frozen model; a prompt tuned on another one is refused.
       prompts: for each name a `Prompt`, or the path of one in any format that `load_prompt` knows; at least one, unless
         `room` is given.
-      room: a method that describes the largest prompt to come, such as `DePT(prompt_length=100, rank=60)`. A prompt
+      room: a method that describes the largest prompt to come, such as `DePT(prompt_length=100, rank=60)`; of one with
+        parts that only training needs (P-tuning's network) what its runs save, since prompts are held so. A prompt
         that does not fit makes the bank larger, and batches are compiled anew. By default the largest of `prompts`.
       capacity: tasks to make room for at the start.
     """
@@ -70,9 +71,7 @@ class PromptBank:
         loaded = {name: self._checked(backbone, name, prompt) for name, prompt in (prompts or {}).items()}
         if room is None and not loaded:
             raise UserError("a PromptBank needs a prompt, or room=... to say what will come, such as room=DePT()")
-        methods = [prompt.method for prompt in loaded.values()] + (
-            [] if room is None else [room.resolve(backbone.width)]
-        )
+        methods = [prompt.method for prompt in loaded.values()] + ([] if room is None else [_folded(backbone, room)])
         self._backbone = backbone
         self._changing = threading.Lock()  # of who makes the next arrays, which may take long
         self._lock = threading.Lock()  # of who reads them or puts them in place
@@ -259,7 +258,7 @@ class _Arrays(NamedTuple):
 
 
 def usable_prompt(backbone: Backbone, prompt: Source, name: str) -> tuple[str, Prompt]:
-    """Returns what messages call a prompt, and the prompt itself, its method resolved.
+    """Returns what messages call a prompt, and the prompt itself, its method resolved, and folded where it can be.
 
     Args:
       backbone: the one that it must have been tuned on.
@@ -290,7 +289,15 @@ def usable_prompt(backbone: Backbone, prompt: Source, name: str) -> tuple[str, P
         if not (jnp.issubdtype(leaf.dtype, jnp.floating) and bool(np.all(np.isfinite(np.asarray(leaf))))):
             tensor = "/".join(str(key.key) for key in path)
             raise UserError(f"{where}: tensor '{tensor}' holds what is no finite number; tune it again")
-    return where, dataclasses.replace(prompt, method=prompt.method.resolve(backbone.width))
+    method, trainable = prompt.method.resolve(backbone.width).fold(prompt.trainable)
+    return where, dataclasses.replace(prompt, method=method, trainable=trainable)
+
+
+def _folded(backbone: Backbone, method: Method) -> Method:
+    """Returns the method of which a run of `method` saves its prompt."""
+    method = method.resolve(backbone.width)
+    shapes = PromptedModel.build(backbone, method).shapes(backbone.width)
+    return method.fold(jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), shapes))[0]
 
 
 def _grown(stack: Tree, size: int) -> Tree:

@@ -62,6 +62,24 @@ def test_a_method_without_such_parts_is_itself(name: str) -> None:
     assert trainable is case.trainable
 
 
+@pytest.mark.parametrize("name", ["p_tuning", "prefix"])
+def test_a_bank_holds_prompts_as_runs_save_them(name: str) -> None:
+    """Its room may be named by the method that is tuned, and a prompt that nobody has folded is."""
+    case = make_case(backbone_of("llama"), FOLDED[name])
+    raw = review_prompt(case)
+    method, trainable = case.model.method.fold(raw.trainable)
+    saved = dataclasses.replace(raw, method=method, trainable=trainable)
+    bank = PromptBank(case.backbone, room=FOLDED[name], capacity=2)
+    assert bank.model.method == method
+    bank.add("saved", saved)
+    bank.add("raw", raw)
+    model, rows = bank.take(["saved", "raw"])
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf[0], leaf[1]), rows.trainable)
+    assert model.method == method
+    if name == "p_tuning":  # which a bank of prompt tuning has room for too
+        assert len(PromptBank(case.backbone, {"raw": raw}, room=PromptTuning(prompt_length=5))) == 1
+
+
 SMALL: dict[str, Any] = {"steps": 2, "batch_size": 4, "eval_every": 2, "buckets": 1, "seed": 0, "progress": False}
 METHOD = ResidualPromptTuning(prompt_length=4, bottleneck=5)
 
