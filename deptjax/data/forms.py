@@ -35,12 +35,16 @@ class Tokenizer(Protocol):
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any: ...
 
 
-class Cut(NamedTuple):
-    """A way to shorten a source text: at the end of `head`, between what is kept."""
+class Cuttable(NamedTuple):
+    """A source text: what is kept, the n + 1 texts of `fixed`, and between them the n of `texts`, cut at their ends."""
 
-    before: str
-    head: str
-    behind: str
+    fixed: list[str]
+    texts: list[str]
+
+    def joined(self, lengths: Sequence[int]) -> str:
+        """Returns the source text with so many letters of each text that may be cut."""
+        kept = [text[:length] for text, length in zip(self.texts, lengths, strict=True)]
+        return self.fixed[0] + "".join(a + b for a, b in zip(kept, self.fixed[1:], strict=True))
 
 
 class Form:
@@ -93,10 +97,10 @@ class Form:
         """Returns a source cut by tokens, or `None` where it is the text that has to be cut."""
         return None
 
-    def cuts(self, text: str) -> list[Cut]:
-        """Returns the ways to shorten a source text, the first one that is enough to be taken."""
+    def cuttable(self, text: str) -> Cuttable:
+        """Returns what of a source text may be cut: what stands in front of the template's suffix."""
         suffix = self._suffix_of(text)
-        return [Cut("", text[: len(text) - len(suffix)], suffix)]
+        return Cuttable(["", suffix], [text[: len(text) - len(suffix)]])
 
     def ids(self, texts: list[str], special: bool) -> list[list[int]]:
         """Returns what the tokenizer makes of texts, with its special tokens or without."""
@@ -219,16 +223,19 @@ class Masked(Form):
                 f"{where}the text holds the mask token {self._token}, whose place the template gives; take it out"
             )
 
-    def cuts(self, text: str) -> list[Cut]:
-        """Returns the ways that keep the mask: what stands behind it is cut first, then what stands in front of it."""
-        suffix = self._suffix_of(text)
-        if self._token in suffix:
-            return super().cuts(text)
+    def cuttable(self, text: str) -> Cuttable:
+        """Returns the texts of the template's columns, between what the template itself has, the mask among it.
+
+        Of a text that the template did not give, what stands around the mask and its fixed text.
+        """
+        parts = self.task.input_template.split(text)
+        if parts is not None and any(self._token in fixed for fixed in parts[0]):
+            return Cuttable(*parts)
         place = text.index(self._token)
-        end = place + len(self._token + self._after)
-        front = text[: place - len(self._lead)]
-        rest = text[end : len(text) - len(suffix)]
-        return [Cut(text[:end], rest, suffix), Cut("", front, text[len(front) : end] + suffix)]
+        start = place - len(self._lead) if text[:place].endswith(self._lead) else place
+        end = place + len(self._token)
+        end += len(self._after) if text.startswith(self._after, end) else 0
+        return Cuttable(["", text[start:end], ""], [text[:start], text[end:]])
 
 
 FORMS: dict[str, type[Form]] = {"causal": Causal, "encoder_decoder": EncoderDecoder, "masked": Masked}

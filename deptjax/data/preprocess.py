@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from deptjax.data.forms import FORMS, Cut, Tokenizer
+from deptjax.data.forms import FORMS, Cuttable, Tokenizer
 from deptjax.data.tasks import Task
 from deptjax.data.templates import Row
 from deptjax.errors import UserError, nearest
@@ -40,8 +40,9 @@ class Preprocessor:
 
     A source longer than `max_length` tokens is cut (or is an error). What is cut is the end of the text in front of the
     template's suffix: of `"{question}\nType:"` the question, so that the model still reads `Type:`. An
-    encoder-decoder's template without a suffix is cut by tokens, as the usual truncation does. `</s>`, the target and
-    a mask are never cut for it.
+    encoder-decoder's template without a suffix is cut by tokens, as the usual truncation does. Of one with a mask the
+    texts of the columns are cut, the longest first, and nothing of the template's own. `</s>` and the target are never
+    cut for it.
 
     Attributes:
         task, tokenizer, max_length, max_target_length: as given; `max_target_length` filled in from the task, and in
@@ -262,29 +263,40 @@ class Preprocessor:
         self.cut_count += 1
         if (shortened := self._form.shortened(ids, self.max_length, text)) is not None:
             return text, shortened
-        cuts = self._form.cuts(text)
-        for cut in cuts:
-            if (fitted := self._fitted(cut)) is not None:
-                return fitted
-        raise UserError(
-            f"{where}max_length={self.max_length} leaves no room for text before the end {cuts[-1].behind!r}; raise it"
-        )
+        parts = self._form.cuttable(text)
+        if (fitted := self._fitted(parts)) is None:
+            end = parts.fixed[-1]
+            raise UserError(
+                f"{where}max_length={self.max_length} leaves no room for text before the end {end!r}; raise it"
+            )
+        return fitted
 
-    def _fitted(self, cut: Cut) -> tuple[str, list[int]] | None:
-        """Returns the text with as many letters of the head as `max_length` has room for, and its ids, or `None`."""
-        before, head, behind = cut
-        low, high = 0, len(head)  # the most letters of the head that fit are in [low, high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = len(self._form.source_ids([before + head[:middle] + behind])[0]) <= self.max_length
-            low, high = (middle, high) if fits else (low, middle)
+    def _fitted(self, parts: Cuttable) -> tuple[str, list[int]] | None:
+        """Returns the text with as many letters of its parts as `max_length` has room for, and its ids, or `None`.
+
+        The longest are cut first, down to one length; what is left goes to the first that has use for it.
+        """
+        whole = [len(text) for text in parts.texts]
+
+        def fits(lengths: Sequence[int]) -> bool:
+            return len(self._form.source_ids([parts.joined(lengths)])[0]) <= self.max_length
+
+        def extended(lengths: list[int], place: int) -> list[int]:
+            end = whole[place] + 1 - lengths[place]
+            return _raised(lengths, place, _largest(end, lambda more: fits(_raised(lengths, place, more))))
+
+        level = _largest(max(whole), lambda most: fits([min(length, most) for length in whole]))
+        kept = [min(length, level) for length in whole]
+        for place in range(len(whole) if len(whole) > 1 else 0):
+            kept = extended(kept, place)
         # Fewer letters can be more tokens (a word cut short), so what the search found is checked, and shortened if
         # need be. Some text is kept.
-        for keep in range(low, -1 if before else 0, -1):
-            text = self._form.tidy(before + head[:keep] + behind)
+        while any(kept):
+            text = self._form.tidy(parts.joined(kept))
             ids = self._form.source_ids([text])[0]
             if ids and len(ids) <= self.max_length:
                 return text, ids
+            kept = _raised(kept, kept.index(max(kept)), -1)
         return None
 
     def _fit_target(self, ids: list[int], origin: str) -> list[int]:
@@ -297,3 +309,16 @@ class Preprocessor:
             self.cut_count += 1
             ids = ids[: self.max_target_length - 1]
         return self._form.ended(ids)
+
+
+def _largest(end: int, fits: Callable[[int], bool]) -> int:
+    """Returns the largest number below `end` that fits, taken that all smaller ones do; at least 0."""
+    low, high = 0, end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _raised(lengths: Sequence[int], place: int, by: int) -> list[int]:
+    return [length + by if i == place else length for i, length in enumerate(lengths)]

@@ -107,6 +107,28 @@ class Template:
         written = {None: "", MASK: _escaped(token)}
         return "".join(_escaped(fixed) + written.get(column, f"{{{column}}}") for fixed, column in self._parts)
 
+    def split(self, text: str) -> tuple[list[str], list[str]] | None:
+        """Returns the fixed texts of the template, and between them the texts of columns, that give a filled `text`.
+
+        Where a column's own text holds the fixed text behind it, the first one counts. Returns `None` for a text that
+        the template cannot have given.
+
+        >>> Template("{a} or {b}?").split("tea or coffee or milk?")
+        (['', ' or ', '?'], ['tea', 'coffee or milk'])
+        """
+        fixed = [part for part, _ in self._parts]
+        start, end = len(fixed[0]), len(text) - len(fixed[-1])
+        if not text.startswith(fixed[0]) or not text.endswith(fixed[-1]) or start > end:
+            return None
+        texts = []
+        for behind in fixed[1:-1]:
+            place = text.find(behind, start, end)
+            if place < 0:
+                return None
+            texts.append(text[start:place])
+            start = place + len(behind)
+        return fixed, [*texts, text[start:end]]
+
     def render(self, row: Row) -> str:
         """Returns the template filled from `row`.
 

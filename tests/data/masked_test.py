@@ -86,10 +86,23 @@ def test_a_label_has_the_space_that_the_template_has_in_front_of_the_mask(templa
             (["<s>", "the", "plot"], [":", "it", "was", "<mask>", ".", "</s>"]),
         ),
         (PAIR, {"a": "the plot", "b": LONG}, (["<s>", "the", "plot", "?", "<mask>", ",", "the"], ["</s>"])),
-        (PAIR, {"a": LONG, "b": LONG}, (["<s>", "the", "plot"], ["?", "<mask>", ",", "</s>"])),
-        (PAIR, {"a": LONG, "b": "no"}, (["<s>", "the", "plot"], ["?", "<mask>", ",", "</s>"])),
+        (
+            PAIR,
+            {"a": LONG, "b": LONG},
+            (["<s>", "the", "plot", "was", "?"], ["<mask>", ",", "the", "plot", "was", "</s>"]),
+        ),
+        (PAIR, {"a": LONG, "b": "no"}, (["<s>", "the", "plot"], ["?", "<mask>", ",", "no", "</s>"])),
+        (
+            "{a} : {b} {mask}",
+            {"a": LONG, "b": "no good"},
+            (["<s>", "the"], ["very", ":", "no", "good", "<mask>", "</s>"]),
+        ),
+        (
+            "{mask} {a} : {b} yes",
+            {"a": LONG, "b": LONG},
+            (["<s>", "<mask>", "the"], [":", "the", "plot", "was", "yes", "</s>"]),
+        ),
         ("{mask} : {text}", {"text": LONG}, (["<s>", "<mask>", ":", "the"], ["</s>"])),
-        ("{mask} {a} : {b} yes", {"a": LONG, "b": LONG}, (["<s>", "<mask>", "the"], ["yes", "</s>"])),
     ],
 )
 def test_a_cut_keeps_the_mask_and_the_fixed_text_around_it(
@@ -103,6 +116,18 @@ def test_a_cut_keeps_the_mask_and_the_fixed_text_around_it(
     assert preprocessor.cut_count == 1
     with pytest.raises(UserError, match=r"line 7: the source is \d+ tokens, more than max_length=11"):
         made(template, max_length=11, on_too_long="error").encode(row(**values))
+
+
+def test_of_a_text_that_no_template_gave_what_is_around_the_mask_is_kept() -> None:
+    preprocessor = made(PAIR, max_length=9)
+    tokens = preprocessor.tokenizer.convert_ids_to_tokens(preprocessor.encode_text(f"good <mask> {LONG}"))
+    assert tokens[:3] == ["<s>", "good", "<mask>"]
+    assert (tokens[3:5], tokens[-1], len(tokens)) == (["the", "plot"], "</s>", 9)
+
+
+@pytest.mark.parametrize("text", ["a film or", "film: yes", "yes"])
+def test_a_template_did_not_give_every_text(text: str) -> None:
+    assert Template("{a} or {b}: yes").split(text) is None
 
 
 def test_a_length_without_room_for_the_mask_is_told() -> None:
