@@ -217,7 +217,9 @@ def _hf_config(config: Any) -> dict[str, Any]:
             "intermediate_size": config.mlp_dim,
             "hidden_act": config.activation,
             "hidden_dropout_prob": config.dropout_rate,
-            "attention_probs_dropout_prob": config.dropout_rate,
+            "attention_probs_dropout_prob": (
+                config.dropout_rate if config.attention_dropout_rate is None else config.attention_dropout_rate
+            ),
             "max_position_embeddings": config.max_positions + config.position_offset,
             "type_vocab_size": config.token_types,
             "layer_norm_eps": config.norm_eps,

@@ -321,11 +321,7 @@ def _bert(config: _Fields, kind: str) -> BertConfig:
         config.refuse("hidden_act", f"expected one of {', '.join(ACTIVATIONS)}")
     if kind == "roberta" and activation != "gelu":
         config.refuse("hidden_act", "RoBERTa's head has 'gelu', and another one in its layers is not implemented")
-    dropout = config.rate("hidden_dropout_prob", 0.1)
-    if config.rate("attention_probs_dropout_prob", 0.1) != dropout:
-        config.refuse(
-            "attention_probs_dropout_prob", f"hidden_dropout_prob is {dropout}; one rate for both is implemented"
-        )
+    dropout, of_attention = (config.rate(f"{what}_dropout_prob", 0.1) for what in ("hidden", "attention_probs"))
     offset = 0
     if kind == "roberta":  # positions are counted from the one behind the padding token's id
         padding = config.get("pad_token_id", 1)
@@ -350,6 +346,7 @@ def _bert(config: _Fields, kind: str) -> BertConfig:
         norm_eps=config.number("layer_norm_eps", 1e-12, float),
         tied=bool(config.get("tie_word_embeddings", True)),
         dropout_rate=dropout,
+        attention_dropout_rate=None if of_attention == dropout else of_attention,
     )
 
 

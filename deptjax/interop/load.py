@@ -65,7 +65,7 @@ def load_backbone(
       attention: how it is computed: `xla`, by a kernel (`cudnn` on NVIDIA GPUs, `flash` on TPUs), or `auto`, which
         takes the platform's kernel where that pays (docs/performance.md).
       revision: a branch, tag or commit of a model on the hub.
-      dropout_rate: replaces the dropout rate in T5's, GPT-2's or BERT's config; the LLaMA family has no dropout.
+      dropout_rate: replaces the dropout rates in T5's, GPT-2's or BERT's config; the LLaMA family has no dropout.
       tokenizer: replaces the tokenizer beside the weights: a folder, `spiece.model`, `tokenizer.json`, `packaged:t5`,
         `packaged:mt5`, a name on the hub, or a loaded transformers tokenizer. T5X checkpoints have none of their own.
       mesh: over which devices the model and the batches are split (see `deptjax.sharding`): sizes, such as
@@ -194,6 +194,8 @@ def _computed(config: Any, dropout_rate: float | None, **changes: Any) -> Any:
             raise UserError(f"dropout_rate is {dropout_rate}, expected a number from 0 up to, not including, 1")
         if any(field.name == "dropout_rate" for field in dataclasses.fields(config)):
             changes["dropout_rate"] = float(dropout_rate)
+            if config.is_masked:
+                changes["attention_dropout_rate"] = None
         elif dropout_rate:
             raise UserError(
                 f"dropout_rate is {dropout_rate}, but the {config.family} family has no dropout; leave it out"

@@ -20,7 +20,11 @@ from deptjax.sharding import Placement, to_host
 from deptjax.typing import Array, Tree
 
 # Fields of a config that change how the function is computed or trained, not which function it is.
-_NOT_FUNCTION = {"dropout_rate", *(field.name for field in dataclasses.fields(BackboneConfig))}
+_NOT_FUNCTION = {
+    "dropout_rate",
+    "attention_dropout_rate",
+    *(field.name for field in dataclasses.fields(BackboneConfig)),
+}
 _ROWS = 4096  # rows of the embedding table looked at together
 
 

@@ -46,7 +46,8 @@ class BertConfig(EvenHeads):
     in front: RoBERTa's first token stands at row pad id + 1. `has_pooler` and `has_masked_head` say which layers the
     checkpoint has behind its blocks, `mask_token` is the id of the token whose place is to be filled.
 
-    `dropout_rate` is that of the embedded text, of the attention weights and of the result of each sub-layer.
+    `dropout_rate` is that of the embedded text and of the result of each sub-layer, and of the attention weights where
+    `attention_dropout_rate` does not say another.
     """
 
     family: ClassVar[str] = "bert"
@@ -68,6 +69,7 @@ class BertConfig(EvenHeads):
     has_masked_head: bool = True
     mask_token: int | None = None
     dropout_rate: float = 0.1
+    attention_dropout_rate: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,8 +131,8 @@ class Attention(nn.Module):
         query, key, value = (linear(n)(x).reshape(*x.shape[:-1], c.num_heads, -1) for n in ("query", "key", "value"))
         own = Segment(KV(heads_in_front(key), heads_in_front(value)), context.bias, context.mask)
         extra = layers.extra_segments(self.sites, "attention", c.num_heads, c.head_dim, x.dtype)
-        drops = c.dropout_rate and not context.deterministic
-        dropout = nn.Dropout(c.dropout_rate, deterministic=False) if drops else None
+        rate = c.dropout_rate if c.attention_dropout_rate is None else c.attention_dropout_rate
+        dropout = nn.Dropout(rate, deterministic=False) if rate and not context.deterministic else None
         mixed = attend(query, [*extra, own], c.head_dim**-0.5, dropout, c.attention)
         return linear("out")(mixed.reshape(x.shape))
 

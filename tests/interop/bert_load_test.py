@@ -46,6 +46,16 @@ def test_what_is_written_is_read(fields: dict[str, Any], tmp_path: Path) -> None
     assert loaded.config.mask_token == ids[2]
 
 
+def test_two_rates_of_dropout_are_read_and_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    backbone = tiny_bert(dropout_rate=0.2, attention_dropout_rate=0.0)
+    folder = save_hf_folder(backbone, tmp_path)
+    loaded = load_backbone(folder)
+    assert (loaded.config.dropout_rate, loaded.config.attention_dropout_rate) == (0.2, 0.0)
+    one = load_backbone(folder, dropout_rate=0.3)
+    assert (one.config.dropout_rate, one.config.attention_dropout_rate) == (0.3, None)
+    assert loaded.fingerprint == one.fingerprint == tiny_bert().fingerprint
+
+
 def test_blocks_alone_are_an_encoder_and_what_is_missing_is_told(tmp_path: Path) -> None:
     backbone = tiny_bert()
 

@@ -197,7 +197,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         (BERT, {"add_cross_attention": True}, "add_cross_attention"),
         (BERT, {"hidden_act": "tanh"}, "hidden_act"),
         (BERT, {"num_attention_heads": 5}, "num_attention_heads"),
-        (BERT, {"attention_probs_dropout_prob": 0.2}, "attention_probs_dropout_prob"),
+        (BERT, {"attention_probs_dropout_prob": 1.2}, "attention_probs_dropout_prob"),
         (BERT, {"embedding_size": 12}, "embedding_size"),
         (ROBERTA, {"pad_token_id": -1}, "pad_token_id"),
         (ROBERTA, {"max_position_embeddings": 2}, "max_position_embeddings"),

@@ -281,6 +281,25 @@ def test_dropout_acts_in_training_alone_and_follows_its_key(scan: bool) -> None:
     np.testing.assert_array_equal(*(states_of(m, params, source, mask, prompt, tokens) for m in (module, plain)))
 
 
+def test_attention_may_drop_at_a_rate_of_its_own() -> None:
+    """Alone, it changes what the text is; at 0 it draws nothing, whatever the others do."""
+    source, mask, prompt, _ = inputs()
+    params, rates = support.random_params(CONFIG.make()), {"dropout_rate": 0.0, "attention_dropout_rate": 0.3}
+
+    def dropped(rates: dict[str, float], key: int = 1) -> Array:
+        module, rngs = dataclasses.replace(CONFIG, **rates).make(), {"dropout": jax.random.key(key)}
+        return module.apply({"params": params}, source, mask, prompt, False, method="encode", rngs=rngs)
+
+    plain = dropped({"dropout_rate": 0.0})
+    bare = CONFIG.make().apply({"params": params}, source, mask, prompt, method="encode")
+    np.testing.assert_allclose(bare, plain, rtol=1e-5, atol=1e-5)
+    assert np.abs(dropped(rates) - plain).max() > 1e-2
+    assert np.abs(dropped(rates, key=2) - dropped(rates)).max() > 1e-2
+    both, other = {"dropout_rate": 0.3}, {"dropout_rate": 0.3, "attention_dropout_rate": 0.0}
+    assert np.abs(dropped(both) - dropped(other)).max() > 1e-2
+    np.testing.assert_array_equal(dropped({**both, "attention_dropout_rate": 0.3}), dropped(both))
+
+
 def test_bfloat16_stays_bfloat16() -> None:
     module = dataclasses.replace(CONFIG, dtype="bfloat16").make()
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), support.shapes(module))
