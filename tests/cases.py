@@ -178,15 +178,21 @@ def make_case(backbone: Backbone, method: Method, **fields: Any) -> Case:
 @functools.cache
 def case_of(backbone: str, method: str, scan: bool = False) -> Case:
     """Returns a case by the names of its parts; the same one at each call, so that what it compiles is shared."""
-    if method == SOURCED:
-        return make_case(backbone_of(backbone, scan), ATTEMPT(5, source_prompts(backbone), 7, prompt_init="vocab"))
-    return make_case(backbone_of(backbone, scan), (METHODS | PROMPT_METHODS | ENCODED | VARIANTS)[method])
+    return make_case(backbone_of(backbone, scan), method_on(backbone_of(backbone), method))
+
+
+def method_on(backbone: Backbone, name: str) -> Method:
+    """Returns a method by its name, as it is tuned on a backbone."""
+    if name == SOURCED:
+        return ATTEMPT(5, source_prompts(backbone), 7, prompt_init="vocab")
+    return (METHODS | PROMPT_METHODS | ENCODED | VARIANTS)[name]
 
 
 @functools.cache
-def source_prompts(backbone: str) -> str:
+def source_prompts(backbone: Backbone) -> str:
     """Returns the folders of two prompts of five vectors on a backbone, as ATTEMPT takes them."""
-    folder, tuned = pathlib.Path(tempfile.mkdtemp(prefix="deptjax-sources-")), case_of(backbone, "prompt_tuning")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="deptjax-sources-"))
+    tuned = make_case(backbone, METHODS["prompt_tuning"])
     for name, factor in (("one", 1.0), ("two", -2.0)):
         prompt = tuned.prompt()
         trainable = jax.tree.map(lambda leaf, by=factor: by * leaf, prompt.trainable)

@@ -59,7 +59,7 @@ def test_parameters_are_as_many_as_published() -> None:
 
 def test_a_run_keeps_its_sources_and_needs_them_no_more(tmp_path: pathlib.Path) -> None:
     backbone = backbone_of("llama")
-    folders = [pathlib.Path(place) for place in source_prompts("llama").split(",")]
+    folders = [pathlib.Path(place) for place in source_prompts(backbone_of("llama")).split(",")]
     moved = [tmp_path / folder.name for folder in folders]
     for folder, place in zip(folders, moved, strict=True):
         Prompt.load(folder).save(place)
@@ -102,8 +102,10 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
     assert (
         told("./gone") == "attempt: sources: './gone' is not the folder of a saved prompt: it has no prompt.safetensors"
     )
-    assert "has 5 vectors, and prompt_length is 4; give it the length" in told(source_prompts("llama"), 4)
-    assert "has width 24, the backbone 23; choose a prompt of this backbone" in told(source_prompts("llama"), 5, "t5")
+    assert "has 5 vectors, and prompt_length is 4; give it the length" in told(source_prompts(backbone_of("llama")), 4)
+    assert "has width 24, the backbone 23; choose a prompt of this backbone" in told(
+        source_prompts(backbone_of("llama")), 5, "t5"
+    )
     case_of("llama", "dept").prompt().save(tmp_path / "dept")
     assert "holds 'input/lora_a' beside the soft prompt; choose a prompt of prompt_tuning" in told(
         str(tmp_path / "dept")
