@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from deptjax.errors import UserError
-from deptjax.inference.predictor import Predictor
+from deptjax.inference.predictor import Predictor, evaluate
 from deptjax.inference.rows import start_rows
 from deptjax.methods import IDPG, DeepPromptTuning
 from deptjax.methods.base import Texts, input_parameters
@@ -19,9 +20,10 @@ from deptjax.methods.idpg import phm_weight
 from deptjax.models.bert import Context
 from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import SIZES
+from deptjax.training.run import train
 from deptjax.training.state import count_parameters
 from tests.cases import backbone_of, case_of, make_case, some_batch
-from tests.reviews import review_prompt
+from tests.reviews import review_prompt, review_task
 
 B, T, D, H, M, F, N = 3, 5, 12, 8, 2, 4, 4
 
@@ -157,6 +159,26 @@ def test_two_tasks_share_a_bank_and_answer_as_alone(family: str) -> None:
         for got, wanted in zip(mixed[i::2], Predictor(backbone, prompt)(texts), strict=True):
             assert got.scores == pytest.approx(wanted.scores, abs=1e-5)
     assert mixed[0].scores != pytest.approx(mixed[1].scores, rel=1e-2)
+
+
+def test_a_run_at_every_layer_drops_out_in_all_of_them(tmp_path: pathlib.Path) -> None:
+    """Over scanned layers that are computed again for the gradient; its saved prompt answers as its dev score says."""
+    backbone, method = backbone_of("llama", True), IDPG(prompt_length=2, hidden=4, factors=2, layers="every")
+    settings = {"steps": 3, "batch_size": 4, "eval_every": 3, "buckets": 1, "progress": False, "remat": "full"}
+    run = train(backbone, method, review_task(16, 8), tmp_path / "run", **settings)
+    assert run.prompt is not None
+    assert run.prompt.trainable["backbone"]["layers"]["prompt_site"].keys() == {"prompt"}
+    assert evaluate(backbone_of("llama"), run.prompt, review_task(16, 8), split="dev") == pytest.approx(
+        run.prompt.metrics
+    )
+    model = PromptedModel.build(backbone, run.prompt.method)
+    batch = case_of("llama", EVERY, True).read(some_batch())
+
+    def logits(key: int) -> jax.Array:
+        tuned = jax.tree.map(jnp.asarray, run.prompt.trainable)
+        return model.target_logits(tuned, backbone.params, batch, dropout_key=jax.random.key(key))
+
+    assert np.abs(logits(0) - logits(1)).max() > 1e-6
 
 
 def test_mistakes() -> None:
