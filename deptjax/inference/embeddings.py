@@ -51,8 +51,7 @@ def embedder(
     """
     where, usable = usable_prompt(backbone, prompt, "prompt")
     sites, method = usable.method.sites(), usable.method
-    inner = sites.linear or sites.attention or sites.residual or sites.stream
-    if sites.input is None or inner or method.tunes_backbone:
+    if sites.input is None or sites.inner or method.tunes_backbone:
         raise UserError(
             f"method '{method.kind}' acts inside the backbone, not on its input alone, so no embeddings can stand for "
             "it; use a prompt of dept or prompt_tuning"

@@ -133,6 +133,11 @@ class Sites:
     residual: Callable[[ResidualSite, str], nn.Module | None] | None = None
     stream: Callable[[StreamSite, str], nn.Module | None] | None = None
 
+    @property
+    def inner(self) -> bool:
+        """Whether something is to fill sites inside the blocks."""
+        return any(fill is not None for fill in (self.linear, self.attention, self.residual, self.stream))
+
 
 NO_SITES = Sites()
 

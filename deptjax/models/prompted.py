@@ -159,7 +159,7 @@ class PromptedModel:
             # In float32 whatever the backbone computes in: small updates of bfloat16 weights round to nothing.
             return {"backbone": jax.tree.map(lambda a: a.astype(jnp.float32), frozen)}, {}
         trainable = self._parameters(input_key, inner_key, vocabulary.embedding.shape[1])
-        if not trainable:
+        if not trainable or (self.method.sites().inner and "backbone" not in trainable):
             raise UserError(f"method '{self.method.kind}' fills no site of this backbone: check its targets")
         if "input" in trainable:
             trainable["input"] = self.method.initialize(start_key, trainable["input"], vocabulary)

@@ -164,6 +164,13 @@ def test_mistakes() -> None:
         PrefixTuning(targets="(x")
 
 
+@pytest.mark.parametrize("hidden", [None, 7])
+def test_targets_that_name_no_attention_layer_are_told(hidden: int | None) -> None:
+    """Also where a network would be left that makes nothing."""
+    with pytest.raises(UserError, match="method 'prefix_tuning' fills no site of this backbone: check its targets"):
+        make_case(backbone_of("llama"), PrefixTuning(prefix_length=P, targets="decoder", hidden=hidden))
+
+
 def test_one_group_with_a_rate_of_its_own() -> None:
     assert PrefixTuning().groups({"backbone": {"site": {"keys": 0}}}) == {"backbone": {"site": {"keys": "prompt"}}}
     assert PrefixTuning().learning_rates(0.004) == {"prompt": 1e-2}
