@@ -167,15 +167,18 @@ def encoder_of(method: Method, backbone: Backbone, given: Backbone | None = None
     Args:
       method: as a user makes it, or of a saved prompt.
       backbone: the model that is tuned, which may be its own encoder: the weights are then the same arrays.
-      given: a loaded encoder, in place of the one that the method names.
+      given: a loaded encoder, in place of the one that the method names; of a method that names the backbone, the
+        choice that is returned has its name.
 
     Raises `UserError` for an encoder that cannot be loaded, or whose width is not the method's.
     """
     choice = method.encoder_choice()
     if choice is None:
         return None
-    encoder = _opened(method, choice, backbone, given)
-    return TextEncoder(encoder.backbone, _pooled(choice, encoder.backbone))
+    encoder = _loaded(method, choice, backbone, given)
+    if choice.name == ITSELF and encoder is not backbone:  # else a saved prompt would be read with the backbone
+        choice = choice._replace(name=encoder.name)
+    return TextEncoder(encoder, _pooled(choice, encoder))
 
 
 def _pooled(choice: EncoderChoice, encoder: Backbone) -> EncoderChoice:
@@ -203,18 +206,17 @@ def _pooled(choice: EncoderChoice, encoder: Backbone) -> EncoderChoice:
     return found
 
 
-def _opened(method: Method, choice: EncoderChoice, backbone: Backbone, given: Backbone | None) -> TextEncoder:
+def _loaded(method: Method, choice: EncoderChoice, backbone: Backbone, given: Backbone | None) -> Backbone:
     if given is None and choice.name == ITSELF and jax.process_count() > 1:
         raise UserError(
             f"{method.kind}: encoder 'backbone' is not for several hosts, each of which encodes texts of its own; name "
             "an encoder that every host loads"
         )
     loaded = given or (backbone if choice.name == ITSELF else load_encoder(choice.name, f"{method.kind}: encoder"))
-    encoder = TextEncoder(loaded, choice)
     width = getattr(method, "encoder_width", None)
-    if width not in (None, encoder.width):
-        raise UserError(f"{method.kind}: encoder_width is {width}, and encoder '{loaded.name}' has {encoder.width}")
-    return encoder
+    if width not in (None, loaded.width):
+        raise UserError(f"{method.kind}: encoder_width is {width}, and encoder '{loaded.name}' has {loaded.width}")
+    return loaded
 
 
 class SavedEncoders:
@@ -253,7 +255,7 @@ class SavedEncoders:
     def _opened(self, prompt: Prompt, choice: EncoderChoice) -> TextEncoder:
         given = None if choice.name == ITSELF else self._given
         try:
-            return _opened(prompt.method, choice, self._backbone, given)
+            return TextEncoder(_loaded(prompt.method, choice, self._backbone, given), choice)
         except UserError as error:
             remedy = "give the encoder that it was tuned with as encoder= or --encoder"
             raise UserError(f"{error}; the prompt cannot be used without it: {remedy}") from None

@@ -67,7 +67,12 @@ class EncodedMethod(InputMethod):
         )
 
     def with_encoder(self, choice: EncoderChoice, width: int) -> EncodedMethod:
-        return self.clone(encoder_pooling=choice.pooling, encoder_normalize=choice.normalize, encoder_width=width)
+        return self.clone(
+            encoder=choice.name,
+            encoder_pooling=choice.pooling,
+            encoder_normalize=choice.normalize,
+            encoder_width=width,
+        )
 
     def with_encoding_width(self, width: int) -> EncodedMethod:
         return self.clone(encoder_width=width)

@@ -200,7 +200,7 @@ def _tunings(backbone: Backbone, members: Sequence[Member], encoder: Backbone | 
         method = member.method.resolve(backbone.width)
         choice = method.encoder_choice()
         if choice not in encoders:
-            encoders[choice] = encoder_of(method, backbone, encoder)
+            encoders[choice] = encoder_of(member.method, backbone, encoder)
         key = (id(member.task), method.source_limit(), choice)
         if key not in encoded:
             encoded[key] = encode_task(backbone, method, member.task, config, encoders[choice])

@@ -148,6 +148,24 @@ def test_an_encoder_of_its_own_has_its_own_tokens(tmp_path: pathlib.Path) -> Non
         Predictor(backbone_of("llama"), saved, encoder=tiny_llama(width=32))
 
 
+def test_an_encoder_that_is_given_is_the_one_that_the_prompt_names(tmp_path: pathlib.Path) -> None:
+    """Of another width than the backbone, which the method names; several members at once have it too."""
+    backbone, reader, method = backbone_of("llama"), tiny_llama(width=32), LoPA(prompt_length=2, rank=1, hidden=4)
+    run = train(backbone, method, review_task(), tmp_path / "run", encoder=reader, **SMALL)
+    assert run.prompt is not None
+    assert (run.prompt.method.encoder, run.prompt.method.encoder_width) == (reader.name, 32)
+    scores = evaluate(backbone, run.prompt, review_task(), split="dev", encoder=reader)
+    assert scores == pytest.approx(run.prompt.metrics)
+    again = train(backbone, method, review_task(), tmp_path / "run", encoder=reader, **SMALL)
+    assert again.prompt is not None
+    assert again.prompt.run_id == run.prompt.run_id
+    both = train_population(
+        backbone, method, review_task(), tmp_path / "both", [{"seed": 0}], encoder=reader, **{**SMALL, "eval_every": 0}
+    )
+    saved = Prompt.load(tmp_path / "both" / "members" / both.members[0].name / "prompt")
+    assert saved.method == run.prompt.method
+
+
 def test_only_what_is_longer_than_the_limit_is_cut_and_told(caplog: pytest.LogCaptureFixture) -> None:
     reader = tiny_t5()
     text = "the film is good"
