@@ -265,9 +265,9 @@ class Preprocessor:
             return text, shortened
         parts = self._form.cuttable(text)
         if (fitted := self._fitted(parts)) is None:
-            end = parts.fixed[-1]
+            own = "".join(parts.fixed)
             raise UserError(
-                f"{where}max_length={self.max_length} leaves no room for text before the end {end!r}; raise it"
+                f"{where}max_length={self.max_length} leaves no room for text beside the template's {own!r}; raise it"
             )
         return fitted
 

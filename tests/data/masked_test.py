@@ -131,8 +131,10 @@ def test_a_template_did_not_give_every_text(text: str) -> None:
 
 
 def test_a_length_without_room_for_the_mask_is_told() -> None:
-    with pytest.raises(UserError, match=r"line 7: max_length=3 leaves no room for text before the end"):
+    with pytest.raises(UserError, match=r"line 7: max_length=3 leaves no room for text beside the template's"):
         made(max_length=3).encode(row(text=LONG))
+    with pytest.raises(UserError, match=r"no room for text beside the template's ' \? <mask> , '; raise it"):
+        made(PAIR, max_length=4).encode(row(a=LONG, b=LONG))
 
 
 def test_a_mask_of_the_text_itself_is_refused() -> None:
