@@ -41,9 +41,9 @@ def sentence_pooling(folder: Path) -> SentencePooling | None:
 def _mode(fields: dict[str, Any]) -> str:
     """Returns the pooling that is on: named, or one of the switches `pooling_mode_...`; those of several, joined."""
     named = fields.get(_MODE)
-    on = [named] if isinstance(named, str) else [] if named is None else list(named)
-    on += [name.removeprefix(f"{_MODE}_") for name, value in fields.items() if name.startswith(f"{_MODE}_") and value]
-    return " and ".join(_OURS.get(str(name), str(name)) for name in on) or "mean"
+    names = named if isinstance(named, list) else [] if named is None else [named]
+    on = [name.removeprefix(f"{_MODE}_") for name, value in fields.items() if name.startswith(f"{_MODE}_") and value]
+    return " and ".join(dict.fromkeys(_OURS.get(str(name), str(name)) for name in [*names, *on])) or "mean"
 
 
 def _read(path: Path, kind: type) -> Any:

@@ -48,6 +48,8 @@ def write(folder: pathlib.Path, pooling: Any = None, then: tuple[str, ...] = ("N
         ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, (), ("last", False)),
         ({"pooling_mode": "cls", "embedding_dimension": 24}, ("Normalize",), ("first", True)),
         ({"pooling_mode": ["mean", "max"]}, (), ("mean and max", False)),
+        ({"pooling_mode": "mean", "pooling_mode_mean_tokens": True}, (), ("mean", False)),
+        ({"pooling_mode": 3}, (), ("3", False)),
         (None, ("Normalize",), ("mean", True)),
         ({"pooling_mode_max_tokens": True}, (), ("max_tokens", False)),
         ({"pooling_mode_mean_tokens": True}, ("Dense", "Normalize"), ("a Dense layer", False)),
