@@ -94,9 +94,12 @@ class BertConfig(EvenHeads):
 
 
 class Front(NamedTuple):
-    """A prompt (M, D) before it meets a text, and how many of its vectors, the last ones, are real (`None`: all)."""
+    """A prompt before it meets a text, of all rows or of each, and how many of its vectors are real, the last ones.
 
-    prompt: Float[Array, "M D"]
+    `None` says that all are.
+    """
+
+    prompt: Float[Array, "*B M D"]
     length: Int[Array, ""] | None
 
 
@@ -272,7 +275,7 @@ class Bert(nn.Module):
         self._check_fills()
         return self._at_mask(self.encode(source, source_mask, prompt, deterministic), tokens)[:, None]
 
-    def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
+    def front(self, prompt: Float[Array, "*B M D"], length: Int[Array, ""] | None = None) -> Front:
         """Returns the prompt, with the number of its vectors, the last ones, that are real (by default all)."""
         return Front(prompt, length)
 

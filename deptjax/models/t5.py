@@ -90,12 +90,12 @@ class LayerCache(NamedTuple):
 
 
 class Front(NamedTuple):
-    """A prompt (M, D) before it meets a text, and how many of its vectors, the last ones, are real (`None`: all).
+    """A prompt before it meets a text, of all rows or of each, and how many of its vectors are real, the last ones.
 
-    An encoder looks both ways, so nothing of a prompt can be computed ahead.
+    `None` says that all are. An encoder looks both ways, so nothing of a prompt can be computed ahead.
     """
 
-    prompt: Float[Array, "M D"]
+    prompt: Float[Array, "*B M D"]
     length: Int[Array, ""] | None
 
 
@@ -427,7 +427,7 @@ class T5(nn.Module):
         shifted = self.embed(jnp.concatenate([start, targets[:, :-1]], axis=1))
         return self.decoder(shifted, encoded, seen, deterministic=deterministic)[0]
 
-    def front(self, prompt: Float[Array, "M D"], length: Int[Array, ""] | None = None) -> Front:
+    def front(self, prompt: Float[Array, "*B M D"], length: Int[Array, ""] | None = None) -> Front:
         """Returns the prompt, with the number of its vectors, the last ones, that are real (by default all)."""
         return Front(prompt, length)
 
