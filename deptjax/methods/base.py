@@ -248,6 +248,10 @@ class Method:
         """
         return trainable.get("backbone", {})
 
+    def at_input(self, trainable: Tree) -> Tree:
+        """Returns the parameters of what fills the input site: `trainable["input"]`, and what else acts there."""
+        return trainable.get("input", {})
+
     def fold(self, trainable: Tree) -> tuple[Method, Tree]:
         """Returns a simpler method and its parameters that compute what this one does with `trainable`.
 

@@ -14,9 +14,10 @@ That is the paper's S-IDPG (`layers="first"`). M-IDPG (`layers="every"`) adds pr
     x_i = [P_i + G(s_i) + C_i; E_i]             i = 1 .. L - 1; P_i, E_i what layer i - 1 has made of prompt and text
 
 where s_i (D) is the state of the text in front of layer i, and G is one and the same for all layers: only C_i is a
-layer's own. The authors' released code has it so (`--middle-previous --middle-prompt-mode layerb`), on RoBERTa, with
-the state of the first token. On models whose norms come first s_i is behind the norm, as the layer reads it; it is of
-the last source token of a causal model, and the mean of T5's encoder. H must be D: the encoder is best the backbone.
+layer's own, and C of the input is C_0. The authors' released code has it so (`--middle-previous --middle-prompt-mode
+layerb`), on RoBERTa, with the state of the first token. On models whose norms come first s_i is behind the norm, as the
+layer reads it; it is of the last source token of a causal model, and the mean of T5's encoder. H must be D: the encoder
+is best the backbone.
 
 Wu et al., "IDPG: An Instance-Dependent Prompt Generation Method", NAACL 2022, arXiv 2204.04497.
 
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import Sites, StreamSite, Texts, Vocabulary, register_method
 from deptjax.methods.encoded import EncodedMethod
-from deptjax.methods.in_common import beside_layers
+from deptjax.methods.in_common import beside_layers, of_first_layer
 from deptjax.typing import Array, Float, Key, Tree
 
 GENERATORS = ("phm", "dense")
@@ -103,7 +104,7 @@ class Generator:
 class LayerPrompts(nn.Module):
     """What M-IDPG adds to the prompt in front of a layer: the layer's own C, and G of the text's state there.
 
-    In front of the first layer G(h) is in the prompt already, and `generates` is 0.
+    In front of the first layer both are in the prompt already, since the input, and `adds` is 0.
     """
 
     generator: Generator
@@ -115,9 +116,9 @@ class LayerPrompts(nn.Module):
             raise ValueError("a prompt of each text's own is a part of each row, and rows share this one")
         width = x.shape[-1]
         own = self.param("prompt", nn.initializers.normal(0.05), (self.generator.length, width))
-        generates = self.param("generates", nn.initializers.ones, ())
+        adds = self.param("adds", nn.initializers.ones, ())
         made = self.generator(self, text().astype(jnp.float32), width)
-        return x + (own[None] + generates * made).astype(x.dtype)
+        return x + (adds * (made + own[None])).astype(x.dtype)
 
 
 @register_method
@@ -139,7 +140,7 @@ class IDPG(EncodedMethod):
     formula = "2 n n n + (H F + F M D) / n + F + M D"
     free_size = "prompt_length"
     letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "n": "factors"}
-    shared = ("down", "up", "bias", "generates")
+    shared = ("down", "up", "bias", "adds")
 
     prompt_length: int = 5
     hidden: int = 16
@@ -164,13 +165,15 @@ class IDPG(EncodedMethod):
         """Returns each text's prompt and the embeddings as they came; needs `texts.encoding` (B, H)."""
         encoding, width = self.encoding_of(texts.encoding), embeds.shape[-1]
         made = self._generator(self, encoding, width)
-        if self.layers == "first":
-            made = made + self.param("prompt", nn.initializers.normal(0.05), (self.prompt_length, width))[None]
-        elif encoding.shape[-1] != width:
+        if self.layers == "every" and encoding.shape[-1] != width:
             raise UserError(
                 f"{self.kind}: layers 'every' gives the generator states of the backbone, of width {width}, and encoder"
                 f" '{self.encoder}' has {encoding.shape[-1]}; take one as wide, such as 'backbone', or layers 'first'"
             )
+        if self.layers == "first":
+            made = made + self.param("prompt", nn.initializers.normal(0.05), (self.prompt_length, width))[None]
+        elif self.has_variable("params", "prompt"):  # the first layer's, which `at_input` puts here
+            made = made + self.get_variable("params", "prompt")[None]
         return made.astype(embeds.dtype), embeds
 
     @property
@@ -188,7 +191,11 @@ class IDPG(EncodedMethod):
 
     def inner(self, trainable: Tree) -> Tree:
         layers, once = super().inner(trainable), trainable.get("input", {})
-        return beside_layers(layers, "prompt", lambda i: {**once, "generates": jnp.asarray(i > 0, jnp.float32)})
+        return beside_layers(layers, "prompt", lambda i: {**once, "adds": jnp.asarray(i > 0, jnp.float32)})
+
+    def at_input(self, trainable: Tree) -> Tree:
+        own = super().at_input(trainable)
+        return own if self.layers == "first" else {**own, "prompt": of_first_layer(trainable["backbone"], "prompt")}
 
     def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
         return params

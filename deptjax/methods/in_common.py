@@ -1,6 +1,7 @@
 """What all layers have in common: kept once, in `trainable["input"]`, and put beside each layer when the model runs.
 
-A gradient of what is put there in several places is the sum over these, as it should be of one parameter.
+A gradient of what is put there in several places is the sum over these, as it should be of one parameter. And the other
+way: what is kept beside the first layer, and acts at the input.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from deptjax.typing import Tree
 
@@ -36,3 +38,17 @@ def beside_layers(tree: Tree, own: str, common: Callable[[Any], Tree], layer: in
         return int(found[1]) if found else layer
 
     return {name: beside_layers(node, own, common, number(name)) for name, node in tree.items()}
+
+
+def of_first_layer(tree: Tree, own: str) -> Any:
+    """Returns the parameter `own` of the site beside the first layer, of layers one by one or stacked.
+
+    >>> of_first_layer({"encoder": {"layers_0": {"site": {"own": 3}}, "layers_1": {"site": {"own": 5}}}}, "own")
+    3
+    """
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        if path[-1] == own and "layers_0" in path:
+            return leaf
+        if path[-1] == own and "layers" in path:
+            return leaf[0]
+    raise KeyError(own)

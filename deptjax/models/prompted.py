@@ -235,7 +235,7 @@ class PromptedModel:
             return None
         nothing = self._apply(self._variables(trainable, frozen), jnp.zeros((1, 0), jnp.int32), method="embed")
         none = Texts(jnp.zeros((1, 0), bool))
-        prompt, _ = fill.apply({"params": trainable.get("input", {})}, nothing, none, method="streams")
+        prompt, _ = fill.apply({"params": self.method.at_input(trainable)}, nothing, none, method="streams")
         if prompt is None:
             return None
         return self._apply(self._variables(trainable, frozen), prompt, length, method="front")
@@ -301,8 +301,8 @@ class PromptedModel:
             return embeds, mask, None, ids
         rngs = {} if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, 1)}
         texts = Texts(mask, None, encoding)
-        params = trainable.get("input", {})  # a prompt without any has all that is trained deeper inside
-        prompt, embeds = fill.apply({"params": params}, embeds, texts, method="streams", rngs=rngs)
+        params = {"params": self.method.at_input(trainable)}
+        prompt, embeds = fill.apply(params, embeds, texts, method="streams", rngs=rngs)
         if prompt is not None and prompt.ndim == 2 and not self.share_prompt:
             prompt = jnp.broadcast_to(prompt, (embeds.shape[0], *prompt.shape))
         return embeds, mask, prompt, ids

@@ -93,7 +93,10 @@ EVERY = "idpg, every"
 
 
 def test_every_layer_is_the_authors() -> None:
-    """Layer by layer on BERT: the state of the first token behind a layer makes what the next one's prompt gets."""
+    """Layer by layer on BERT: the state of the first token behind a layer makes what the next one's prompt gets.
+
+    The first layer's gets all of it at the input, in front of positions and of the embeddings' norm.
+    """
     case, batch = case_of("bert", EVERY), case_of("bert", EVERY).taken(some_batch())
     m, width, once = 5, case.backbone.width, case.moved["input"]
     bare = case.backbone.module().bind({"params": case.frozen})
@@ -103,15 +106,14 @@ def test_every_layer_is_the_authors() -> None:
         hidden = jnp.tanh(state @ once["down"]["kernel"] + once["bias"][None])
         return (hidden @ once["up"]["kernel"]).reshape(-1, m, width)
 
-    prompt = generated(case.read(batch)["encoding"]).astype(jnp.float32)
+    own = [case.moved["backbone"][f"layers_{i}"]["prompt_site"]["prompt"] for i in range(len(bare.layers))]
+    prompt = generated(case.read(batch)["encoding"]).astype(jnp.float32) + own[0][None]
     x = jnp.concatenate([prompt, bare.embed(batch["source"])], axis=1)
     x = x + bare.position_embedder(jnp.arange(x.shape[1]), x.dtype)[None]
     x = bare.embedding_norm(x + bare.type_embedder(jnp.zeros((1, 1), jnp.int32)))
     context = Context(jnp.pad(mask, ((0, 0), (m, 0)), constant_values=True), None)
     for i, block in enumerate(bare.layers):
-        own = case.moved["backbone"][f"layers_{i}"]["prompt_site"]["prompt"]
-        made = generated(x[:, m]) if i else 0.0
-        x, _ = block(x.at[:, :m].add(own[None] + made), context)
+        x, _ = block(x.at[:, :m].add(generated(x[:, m]) + own[i][None]) if i else x, context)
     embeds, mask, prompt, _ = case.model._source(
         case.moved, case.frozen, batch["source"], mask, case.read(batch)["encoding"]
     )
