@@ -80,7 +80,7 @@ class Watch(threading.Thread):
         super().__init__(name="deptjax-watch", daemon=True)
         self._client, self.host, self._hosts, self._coordinator = client, host, hosts, coordinator
         self._ending = threading.Event()
-        self._telling = threading.Lock()
+        self._telling, self._told = threading.Lock(), threading.Event()
         self._beat = 0
         self._seen: dict[int, tuple[str, float]] = {}
         self._works = 0  # how many times `together` was entered
@@ -203,6 +203,9 @@ class Watch(threading.Thread):
         """Returns what to say when C++ aborts: jax does when the first host, which keeps the store, is gone."""
         if self._ending.is_set():
             os._exit(self._status or 0)
+        if self._telling.locked():  # by the goodbye, in a store that is gone, of one that has said why it ends
+            self._told.wait(BEAT_SECONDS)
+            os._exit(self._status or 1)
         late = self._late(5 * BEAT_SECONDS)
         # Not asked over the store: the thread that aborts may hold its lock.
         if late is None and (self.host == 0 or self._first_listens()):
@@ -221,10 +224,12 @@ class Watch(threading.Thread):
         """Ends the process at once: the main thread may be waiting for what never comes."""
         if not self._telling.acquire(blocking=False):
             time.sleep(60)  # another thread is at it
+        self._status = status
         with contextlib.suppress(Exception):
             print(f"\ndeptjax: {message}" if sys.stderr.isatty() else f"deptjax: {message}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
+        self._told.set()
         with contextlib.suppress(Exception):
             self._put(f"bye/{self.host}", "")
             self._linger(LINGER_SECONDS)
