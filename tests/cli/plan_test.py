@@ -13,6 +13,7 @@ import pytest
 
 from deptjax.testing import save_hf_folder, tiny_bert
 from tests.cli.conftest import Command
+from tests.sharding.process import cpu_devices
 
 SMALL = ("--batch", 4, "--length", 24, "--max-length", 24, "--target-length", 2)
 
@@ -46,7 +47,7 @@ def test_methods_in_one_table_over_a_mesh(model: pathlib.Path, tmp_path: pathlib
     file = tmp_path / "plans.json"
     words = ["plan", "--model", model, "--batch", 4, "--length", 24, "--target-length", 2, "--prompt-length", 3]
     words += ["--compare", "prompt_tuning,full", "--mesh", "data:2,fsdp:2", "--json", file, "--quiet"]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**os.environ, "XLA_FLAGS": cpu_devices(4)}
     program = "import sys; from deptjax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, *map(str, words)]
     run = subprocess.run(command, capture_output=True, text=True, env=env, check=False)

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
+from tests.sharding.process import cpu_devices
+
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 600  # more than any test needs on a busy machine; nothing may hang
 SCRIPT = """
@@ -62,7 +64,7 @@ def started(
     """
     joined = {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": cpu_devices(devices),
         "DEPTJAX_LOST_SECONDS": "12",
         "DEPTJAX_HOST_TIMEOUT": "120",
         **env,

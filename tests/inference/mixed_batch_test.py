@@ -21,6 +21,7 @@ from deptjax.prompt import Prompt
 from deptjax.testing import WORDS, tiny_llama, tiny_t5
 from tests.cases import Case, backbone_of, case_of, make_case
 from tests.reviews import review_prompt
+from tests.sharding.process import cpu_devices
 
 # Of one length, so that each way of answering is one program.
 TEXTS = [f"the film is {word} and {other}" for word in ("good", "very", "dull") for other in ("sad", "happy")]
@@ -165,7 +166,11 @@ def answers_on_other_devices() -> None:
 
 def test_backbones_on_a_mesh_and_on_another_device_than_the_default() -> None:
     root = pathlib.Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "XLA_FLAGS": cpu_devices(2),
+    }
     command = [sys.executable, "-c", SCRIPT, jax.config.jax_compilation_cache_dir]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

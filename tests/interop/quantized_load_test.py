@@ -20,6 +20,7 @@ from deptjax.interop.load import load_backbone
 from deptjax.interop.t5x_save import save_t5x
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
 from tests.interop.load_test import write_folder, write_gguf
+from tests.sharding.process import cpu_devices
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -94,7 +95,11 @@ for scheme in ("int8", "nf4"):
 def test_a_mesh_splits_what_was_quantised_whole(tmp_path: Path) -> None:
     backbone = tiny_llama(width=128, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=52)
     folder = save_hf_folder(backbone, tmp_path)
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": cpu_devices(4),
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
         [sys.executable, "-c", OVER_A_MESH, str(folder)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )

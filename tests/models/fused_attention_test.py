@@ -24,6 +24,7 @@ from deptjax.models.fused_attention import MAPPED, PAYS, Problem, check_runs_her
 from deptjax.sharding import Placement
 from deptjax.testing import tiny_gpt2, tiny_llama, tiny_t5
 from deptjax.typing import Array
+from tests.sharding.process import cpu_devices
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INTERPRETED = (  # between them all that the kernel is given, in as few compilations as can be
@@ -122,8 +123,7 @@ def errors_on_meshes() -> dict[str, float]:
 
 def test_rows_and_heads_are_split_over_a_mesh() -> None:
     code = "import json; from tests.models import fused_attention_test as t; print(json.dumps(t.errors_on_meshes()))"
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": cpu_devices(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])

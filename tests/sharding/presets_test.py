@@ -16,7 +16,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     folder = tmp_path_factory.mktemp("eight")
     # Programs this small cost their compiling, so the compiler is told to take it easy.
     easy = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    on_eight(train_all, folder, f"{easy} --xla_cpu_use_fusion_emitters=false")
+    on_eight(train_all, folder, easy)
     with np.load(folder / "results.npz") as stored:
         return dict(stored)
 

@@ -17,6 +17,11 @@ import jax
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+def cpu_devices(count: int) -> str:
+    """Returns the XLA flags of a process whose CPU is `count` devices, beside those of this process."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+
+
 def on_eight(function: Callable[[pathlib.Path], None], folder: pathlib.Path, flags: str = "") -> None:
     """Calls `function(folder)` in a process with eight devices, and raises with its last words where it fails.
 
@@ -26,7 +31,7 @@ def on_eight(function: Callable[[pathlib.Path], None], folder: pathlib.Path, fla
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
+        "XLA_FLAGS": f"{cpu_devices(8)} {flags}",
     }
     module = pathlib.Path(sys.modules[function.__module__].__file__ or "").relative_to(ROOT).with_suffix("")
     names = [".".join(module.parts), function.__name__, str(folder), str(jax.config.jax_compilation_cache_dir)]
