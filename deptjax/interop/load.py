@@ -192,10 +192,10 @@ def _computed(config: Any, dropout_rate: float | None, **changes: Any) -> Any:
     if dropout_rate is not None:
         if not 0 <= dropout_rate < 1:
             raise UserError(f"dropout_rate is {dropout_rate}, expected a number from 0 up to, not including, 1")
-        if any(field.name == "dropout_rate" for field in dataclasses.fields(config)):
-            changes["dropout_rate"] = float(dropout_rate)
-            if config.is_masked:
-                changes["attention_dropout_rate"] = None
+        rates = {"dropout_rate": float(dropout_rate), "attention_dropout_rate": None}  # the latter is then the former
+        known = {field.name for field in dataclasses.fields(config)}
+        if "dropout_rate" in known:
+            changes |= {name: rate for name, rate in rates.items() if name in known}
         elif dropout_rate:
             raise UserError(
                 f"dropout_rate is {dropout_rate}, but the {config.family} family has no dropout; leave it out"
