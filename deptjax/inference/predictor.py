@@ -7,45 +7,25 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 
-from deptjax.data.buckets import bucket_of
 from deptjax.data.forms import WRITES_NO_TEXT
-from deptjax.data.pipeline import collate
 from deptjax.data.preprocess import Example
 from deptjax.data.tasks import Task, get_task
 from deptjax.errors import UserError
 from deptjax.inference.answers import Answer, Generation, Reader, answer_batch
+from deptjax.inference.batches import LABELS, SEQUENCES, Batches, Request, padded
 from deptjax.inference.decoding import Decoding
 from deptjax.inference.inputs import Text, continuation_lists, name_list, source_text, text_list, text_origin
 from deptjax.inference.prompt_bank import Source, usable_prompt
-from deptjax.inference.rows import Rows
 from deptjax.inference.scoring import sequence_scores
 from deptjax.inference.served import Served, ServedTasks
-from deptjax.inference.text_encoder import TextEncoder
 from deptjax.models.backbone import Backbone
-from deptjax.typing import Tree
 
 logger = logging.getLogger(__name__)
-
-# The sizes that texts, labels and batches are padded to: few, so that a handful of programs serves all requests.
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
-LABELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
-SEQUENCES = (4, 16, 64, 256, 1024, 4096)  # tasks with at most so many label sequences are batched together
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Request:
-    """A text on its way: its place among the texts, its task, how it is read, and its tokens."""
-
-    place: int
-    served: Served
-    reader: Reader
-    source_text: str
-    example: Example
+Result = TypeVar("Result")
 
 
 class Predictor:
@@ -57,7 +37,8 @@ class Predictor:
     predict(["How far is the moon ?", "You have won !"], ["trec", "sms"])  # one batch
     ```
 
-    Prompts of one method kind share a `PromptBank`. Texts are sorted by length, batched and padded inside; answers come
+    Prompts of one method kind share a `PromptBank`, and those that act at the input alone share batches whatever their
+    kinds. Texts are sorted by length, batched and padded inside; answers come
     in the order of the texts.
 
     Args:
@@ -81,7 +62,8 @@ class Predictor:
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
-        self._backbone, self._batch_size, self._decoding = backbone, batch_size, _decoding(decoding)
+        self._backbone, self._decoding = backbone, _decoding(decoding)
+        self._batches = Batches(backbone, batch_size)
         if decoding is not None and backbone.config.is_masked:
             raise UserError(f"decoding: {WRITES_NO_TEXT}; leave it out, or take another backbone")
         self._tokenizing = threading.Lock()  # tokenizers are not made to be called by two threads at once
@@ -161,18 +143,18 @@ class Predictor:
             ids = [self._continuation_ids(r, lists[r.place], end) for r in requests]
             self._check_context(requests, [max(map(len, some)) for some in ids])
 
-            def scored(batch: Sequence[_Request]) -> list[dict[str, float]]:
+            def scored(batch: Sequence[Request]) -> list[dict[str, float]]:
                 ours = [ids[r.place] for r in batch]
                 count, length = (
-                    _padded(max(sizes), LABELS) for sizes in (map(len, ours), (len(i) for c in ours for i in c))
+                    padded(max(sizes), LABELS) for sizes in (map(len, ours), (len(i) for c in ours for i in c))
                 )
-                sequences = np.zeros((self._size(len(batch)), count, length), np.int32)
+                sequences = np.zeros((self._batches.size(len(batch)), count, length), np.int32)
                 mask = np.zeros(sequences.shape, bool)
                 for row, some in enumerate(ours):
                     for c, tokens in enumerate(some):
                         sequences[row, c, : len(tokens)], mask[row, c, : len(tokens)] = tokens, True
                 sequences[len(batch) :], mask[len(batch) :] = sequences[:1], mask[:1]
-                found = np.asarray(sequence_scores(*self._batch(batch), sequences, mask))
+                found = np.asarray(sequence_scores(*self._batches.arrays(batch), sequences, mask))
                 for request, row in zip(batch, found, strict=False):
                     _tell_no_numbers(request.served, not np.isnan(row).any())
                 return [
@@ -180,7 +162,7 @@ class Predictor:
                     for r, row in zip(batch, found, strict=False)
                 ]
 
-            return self._in_batches(requests, lambda request: 0, lambda group: scored)
+            return _in_order(self._batches.of(requests, lambda request: 0), scored)
 
     def _answers(
         self,
@@ -191,23 +173,18 @@ class Predictor:
         on_rows: Callable[[int], object] = lambda rows: None,
         as_text: bool = False,
     ) -> list[Answer]:
-        def answers_of(group: Sequence[_Request]) -> Callable[[Sequence[_Request]], list[Answer]]:
-            shape = self._label_shape(group)
-
-            def answered(batch: Sequence[_Request]) -> list[Answer]:
-                answers = answer_batch(
-                    *self._batch(batch),
-                    [request.reader for request in batch],
-                    label_shape=shape,
-                    decoding=decoding,
-                    numbers=[first + request.place for request in batch],
-                )
-                for request, answer in zip(batch, answers, strict=True):
-                    _tell_no_numbers(request.served, answer.has_numbers)
-                on_rows(len(batch))
-                return answers
-
-            return answered
+        def answered(batch: Sequence[Request]) -> list[Answer]:
+            answers = answer_batch(
+                *self._batches.arrays(batch),
+                [request.reader for request in batch],
+                label_shape=self._label_shape(batch),
+                decoding=decoding,
+                numbers=[first + request.place for request in batch],
+            )
+            for request, answer in zip(batch, answers, strict=True):
+                _tell_no_numbers(request.served, answer.has_numbers)
+            on_rows(len(batch))
+            return answers
 
         with self._requests(text_list(texts), task) as requests:
             if as_text:
@@ -216,18 +193,18 @@ class Predictor:
             if decoding is not None:  # a prompt's own targets have been checked when it was loaded
                 writing = [request for request in requests if request.reader.kind == "text"]
                 self._check_context(writing, [decoding.max_new_tokens] * len(writing))
-            return self._in_batches(requests, lambda request: _label_class(request.reader), answers_of)
+            return _in_order(self._batches.of(requests, lambda request: _label_class(request.reader)), answered)
 
     @contextlib.contextmanager
-    def _requests(self, texts: Sequence[Text], task: str | Iterable[str] | None) -> Iterator[list[_Request]]:
+    def _requests(self, texts: Sequence[Text], task: str | Iterable[str] | None) -> Iterator[list[Request]]:
         """Yields the requests of the texts; until the end their prompts stay where they are."""
         with self._served.held(name_list(task, len(texts))) as each:
             yield self._encoded(texts, each)
 
-    def _encoded(self, texts: Sequence[Text], each: Sequence[Served]) -> list[_Request]:
+    def _encoded(self, texts: Sequence[Text], each: Sequence[Served]) -> list[Request]:
         """Returns the requests in the order of the texts."""
         placeholder = np.zeros(1, np.int32)
-        requests: list[_Request | None] = [None] * len(texts)
+        requests: list[Request | None] = [None] * len(texts)
         places_of: dict[Served, list[int]] = {}
         for place, served in enumerate(each):
             places_of.setdefault(served, []).append(place)
@@ -245,61 +222,22 @@ class Predictor:
                     )
                 read = [None] * len(places) if served.encoder is None else served.encoder.tokens(pre.unmasked(sources))
             for place, text, source, own in zip(places, sources, ids, read, strict=True):
-                requests[place] = _Request(place, served, served.reader, text, Example(source, placeholder, -1, own))
+                requests[place] = Request(place, served, served.reader, text, Example(source, placeholder, -1, own))
         return [request for request in requests if request is not None]
 
-    def _in_batches(
-        self,
-        requests: Sequence[_Request],
-        kind_of: Callable[[_Request], object],
-        run: Callable[[Sequence[_Request]], Callable[[Sequence[_Request]], list[Any]]],
-    ) -> list[Any]:
-        """Returns a result for each request, in their order.
-
-        Requests of one bank and `kind_of` are a group; what `run` returns for it is called with its batches, of texts
-        of like length, and returns the results of each.
-        """
-        groups: dict[tuple[int, object], list[_Request]] = {}
-        for request in requests:
-            groups.setdefault((id(request.served.bank), kind_of(request)), []).append(request)
-        results: list[Any] = [None] * len(requests)
-        for group in groups.values():
-            group.sort(key=lambda request: len(request.example.source))
-            run_batch = run(group)
-            for start in range(0, len(group), self._batch_size):
-                batch = group[start : start + self._batch_size]
-                for request, result in zip(batch, run_batch(batch), strict=True):
-                    results[request.place] = result
-        return results
-
-    def _batch(self, batch: Sequence[_Request]) -> tuple[Any, Tree, Rows, Any, Any]:
-        """Returns what a compiled function needs: model, frozen, rows, source and its mask, padded to their buckets."""
-        bank, size = batch[0].served.bank, self._size(len(batch))
-        keys = [request.served.key for request in batch]
-        model, rows = bank.take(keys + keys[-1:] * (size - len(keys)))
-        length = _padded(max(len(request.example.source) for request in batch), LENGTHS)
-        limit = model.method.source_limit()
-        length = length if limit is None else min(length, limit)
-        arrays = collate([request.example for request in batch], length, 1, rows=size)
-        rows = dataclasses.replace(rows, encoding=_encodings(batch, size))
-        return model, bank.frozen, rows, jnp.asarray(arrays["source"]), jnp.asarray(arrays["source_mask"])
-
-    def _size(self, count: int) -> int:
-        """Returns the number of rows that a batch of `count` is padded to: a power of two, or the largest batch."""
-        return min(1 << (count - 1).bit_length(), self._batch_size)
-
-    def _label_shape(self, group: Sequence[_Request]) -> tuple[int, int] | None:
+    def _label_shape(self, batch: Sequence[Request]) -> tuple[int, int] | None:
         """Returns the shape that labels are padded to: one for all tasks like these, so that they share programs."""
-        bank, reader = group[0].served.bank, group[0].reader
+        reader = batch[0].reader
         if reader.kind == "text":
             return None
-        tasks = self._served.tasks.values()  # beside those of the group, which may have been removed since
-        kin = [t.reader for t in tasks if t.bank is bank and _label_class(t.reader) == _label_class(reader)]
-        shapes = {reader.sequences.shape for reader in [*kin, *(request.reader for request in group)]}
-        count, length = (_padded(max(shape[axis] for shape in shapes), LABELS) for axis in (0, 1))
+        banks, alike = {id(request.served.bank) for request in batch}, _label_class(reader)
+        tasks = self._served.tasks.values()  # beside those of the batch, which may have been removed since
+        kin = [t.reader for t in tasks if id(t.bank) in banks and _label_class(t.reader) == alike]
+        shapes = {reader.sequences.shape for reader in [*kin, *(request.reader for request in batch)]}
+        count, length = (padded(max(shape[axis] for shape in shapes), LABELS) for axis in (0, 1))
         return count, length
 
-    def _check_context(self, requests: Sequence[_Request], new_tokens: Sequence[int]) -> None:
+    def _check_context(self, requests: Sequence[Request], new_tokens: Sequence[int]) -> None:
         """Raises `UserError` for a text that leaves the backbone no positions for so many new tokens."""
         context, is_masked = self._backbone.config.context, self._backbone.config.is_masked
         for request, new in zip(requests, new_tokens, strict=True):
@@ -312,7 +250,7 @@ class Predictor:
                     "tokens, or shorten the text"
                 )
 
-    def _continuation_ids(self, request: _Request, texts: Sequence[str], end: bool) -> list[list[int]]:
+    def _continuation_ids(self, request: Request, texts: Sequence[str], end: bool) -> list[list[int]]:
         if not texts:
             raise UserError(f"text {request.place + 1}: there are no continuations to score; give at least one")
         try:
@@ -322,19 +260,10 @@ class Predictor:
             raise UserError(f"text {request.place + 1}: {error}") from None
 
 
-def _encodings(batch: Sequence[_Request], size: int) -> Any:
-    """Returns what its task's encoder makes of each text of a batch, (size, H), or `None` without encoders."""
-    read: dict[TextEncoder, list[int]] = {}
-    for row, request in enumerate(batch):
-        if request.served.encoder is not None:
-            read.setdefault(request.served.encoder, []).append(row)
-    if not read:
-        return None
-    found = np.zeros((size, next(iter(read)).width), np.float32)
-    for encoder, rows in read.items():
-        texts = [batch[row].example.encoder_source for row in rows]
-        found[rows] = encoder.vectors([tokens for tokens in texts if tokens is not None])
-    return jnp.asarray(found)
+def _in_order(batches: Sequence[Sequence[Request]], run: Callable[[Sequence[Request]], list[Result]]) -> list[Result]:
+    """Returns the results of all requests, in the order of the texts that they came of."""
+    found = [pair for batch in batches for pair in zip((request.place for request in batch), run(batch), strict=True)]
+    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 
 def _tell_no_numbers(served: Served, has_numbers: bool) -> None:
@@ -352,12 +281,7 @@ def _label_class(reader: Reader) -> tuple[str, int]:
 
     Label sequences are run one after the other, so a task with two of them does not wait for one with a hundred.
     """
-    return reader.kind, _padded(len(reader.sequences), SEQUENCES) if reader.kind == "sequence" else 0
-
-
-def _padded(size: int, sizes: Sequence[int]) -> int:
-    """Returns the least of the sizes that holds `size`, or a power of two above them all."""
-    return bucket_of(size, sizes) if size <= sizes[-1] else 1 << (size - 1).bit_length()
+    return reader.kind, padded(len(reader.sequences), SEQUENCES) if reader.kind == "sequence" else 0
 
 
 def _decoding(decoding: Decoding | None) -> Decoding | None:

@@ -27,12 +27,15 @@ class Rows:
       front: what their prompt is to the text behind it, from `PromptedModel.front`; `None` where there is no prompt,
         or one that depends on the text.
       encoding: (B, H), what the method's encoder makes of each row's text; `None` for a method without one.
+      embeds: (B, T, D), the texts as rows of several methods have read them (`deptjax.inference.mixed`); the model is
+        then one without a method. `None` where the model reads them itself.
       apart: whether the leaves of both have a leading axis B, a row of it for each row of the batch.
     """
 
     trainable: Tree
     front: Any = None
     encoding: Array | None = None
+    embeds: Array | None = None
     apart: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -42,7 +45,7 @@ class Rows:
 
     def axes(self) -> tuple[int | None, int | None]:
         """Returns the axes over which `trainable` and `front` are mapped."""
-        return (0, 0 if self.front is not None else None) if self.apart else (None, None)
+        return (0, _mapped(self.front)) if self.apart else (None, None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -67,13 +70,28 @@ def start_rows(
     `max_new` tokens a beam.
     """
 
-    def start(trainable: Tree, front: Any, source: Array, mask: Array, vocab_ids: Array | None, encoding: Any) -> Any:
-        return model.start(trainable, frozen, front, source, mask, max_new, beams, vocab_ids, encoding)
+    def start(
+        trainable: Tree, front: Any, source: Array, mask: Array, vocab_ids: Any, encoding: Any, embeds: Any
+    ) -> Any:
+        return model.start(trainable, frozen, front, source, mask, max_new, beams, vocab_ids, encoding, embeds)
 
     own = None if vocab_ids is None or vocab_ids.ndim == 1 else 0
-    in_axes = (*rows.axes(), 0, 0, own, None if rows.encoding is None else 0)
+    in_axes = (*rows.axes(), 0, 0, own, _mapped(rows.encoding), _mapped(rows.embeds))
     mapped = jax.vmap(start, in_axes, axis_name=MAPPED)
-    return mapped(rows.trainable, rows.front, source, source_mask, vocab_ids, rows.encoding)
+    return mapped(rows.trainable, rows.front, source, source_mask, vocab_ids, rows.encoding, rows.embeds)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_rows(
+    model: Any, frozen: Tree, rows: Rows, source: Int[Array, "B T"], source_mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Returns `PromptedModel.read` of each row: its embeddings, and what its prompt is to them."""
+
+    def read(trainable: Tree, front: Any, source: Array, mask: Array, encoding: Any) -> Any:
+        return model.read(trainable, frozen, front, source, mask, encoding)
+
+    in_axes = (*rows.axes(), 0, 0, _mapped(rows.encoding))
+    return jax.vmap(read, in_axes, axis_name=MAPPED)(rows.trainable, rows.front, source, source_mask, rows.encoding)
 
 
 def extend_rows(
@@ -94,3 +112,8 @@ def select_beams(cache: Any, parents: Int[Array, "B K"]) -> Any:
         return cache._replace(backbone=attention.select_beams(cache.backbone, parents))
 
     return jax.vmap(select)(cache, parents)
+
+
+def _mapped(array: Array | None) -> int | None:
+    """Returns the axis of rows of an array that may be missing."""
+    return None if array is None else 0

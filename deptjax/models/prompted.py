@@ -240,6 +240,27 @@ class PromptedModel:
             return None
         return self._apply(self._variables(trainable, frozen), prompt, length, method="front")
 
+    def read(
+        self,
+        trainable: Tree,
+        frozen: Tree,
+        front: Any,
+        source: Int[Array, "T"],
+        source_mask: Bool[Array, "T"],
+        encoding: Float[Array, "H"] | None = None,
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """Returns a text's embeddings as the input site leaves them, and what its prompt is to them, or `None`.
+
+        The text is moved to the front. Of a method that fills no inner site this is all there is to it: `start` of a
+        model without a method goes on from both. `front` is what was computed ahead.
+        """
+        encoding = None if encoding is None else encoding[None]
+        embeds, _, prompt, _ = self._source(trainable, frozen, source[None], source_mask[None], encoding)
+        if front is None and prompt is not None:
+            alone = prompt.reshape(prompt.shape[-2:])
+            front = self._apply(self._variables(trainable, frozen), alone, method="front")
+        return embeds[0], front
+
     def start(
         self,
         trainable: Tree,
@@ -251,14 +272,17 @@ class PromptedModel:
         beams: int = 1,
         vocab_ids: Int[Array, "C"] | None = None,
         encoding: Float[Array, "H"] | None = None,
+        embeds: Float[Array, "T D"] | None = None,
     ) -> tuple[Float[Array, "V"], RowCache]:
         """Returns float32 logits (V,) of the first new token, or (C,) over `vocab_ids`, and the cache.
 
         Of one text: `deptjax.inference.rows` maps it over the rows of a batch, which may then differ in `trainable`
         and `front`. The cache has room for `max_new` tokens of each of the `beams`, which share all that is before.
+        `embeds` is the text as another model has read it, for a model without a method.
         """
         encoding = None if encoding is None else encoding[None]
-        embeds, mask, prompt, ids = self._source(trainable, frozen, source[None], source_mask[None], encoding)
+        own_embeds, mask, prompt, ids = self._source(trainable, frozen, source[None], source_mask[None], encoding)
+        embeds = own_embeds if embeds is None else embeds[None]
         variables = self._variables(trainable, frozen)
         own = None
         if front is None and prompt is not None:

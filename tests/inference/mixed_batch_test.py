@@ -151,13 +151,14 @@ def answers_on_other_devices() -> None:
     assert jax.device_count() == 2
     mesh = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec())
     for family in ("llama", "t5"):
-        prompts = {"two": prompt_of(family), "lora": review_prompt(case_of(family, "lora"))}
+        others = {name: review_prompt(case_of(family, name)) for name in ("lora", "prompt_tuning")}
+        prompts = {"two": prompt_of(family), **others}
         wanted: list[Answer] = []
         for place in (jax.devices()[0], jax.devices()[1], mesh):
             backbone = dataclasses.replace(
                 backbone_of(family), params=jax.device_put(backbone_of(family).params, place)
             )
-            found = Predictor(backbone, prompts, batch_size=4)(TEXTS[:4], ["two", "lora"] * 2)
+            found = Predictor(backbone, prompts, batch_size=4)(TEXTS[:4], ["two", "lora", "prompt_tuning", "lora"])
             wanted = wanted or found
             for answer, one in zip(found, wanted, strict=True):
                 assert answer.text == one.text
