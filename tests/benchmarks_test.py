@@ -21,6 +21,7 @@ from tests.benchmarks_process import ROOT, run_benchmark, table_in
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
     """Returns the results file and the printed table of a quick run of one section."""
+    pytest.importorskip("torch")  # the other side
     output = tmp_path_factory.mktemp("benchmarks") / "results.json"
     run = run_benchmark("compare", "--quick", "--sections", "shared", "--steps", "2", "--output", str(output))
     assert run.returncode == 0, run.stderr
@@ -180,6 +181,7 @@ def test_every_row_that_is_promised_is_planned() -> None:
 
 def test_decoding_is_compared_in_one_run(tmp_path: pathlib.Path) -> None:
     """Both sides decode as many tokens; the table has a row for each prompt, and the aims their worst case."""
+    pytest.importorskip("torch")  # the other side
     output, page = tmp_path / "decode.json", tmp_path / "page.md"
     page.write_text("before\n<!-- decode:begin -->\nold\n<!-- decode:end -->\nafter\n")
     arguments = ("--quick", "--only", "llama-tiny", "--rounds", "2", "--output", str(output))

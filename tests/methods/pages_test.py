@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pathlib
 import re
+import shlex
 
 import pytest
 
+from deptjax.cli.request import make_parser
 from deptjax.methods import method_class, method_names
 from deptjax.methods.base import method_fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
+SPOT = ROOT / "docs" / "methods" / "spot.md"  # a way to begin the run of any method
+PAGES = sorted(set((ROOT / "docs" / "methods").glob("*.md")) - {SPOT})
 CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.gin"))
 PARTS = ["Where it acts", "When to use it", "What it costs", "Published", "Measured here"]
 
@@ -37,6 +40,14 @@ def test_a_page_says_what_its_method_does(page: pathlib.Path) -> None:
         assert (ROOT / name).is_file(), name
     for field in re.findall(r"`(\w+)=", text):
         assert field in method_fields(cls), field
+
+
+def test_the_page_of_a_way_to_start_has_the_same_parts_and_a_command_that_is_taken() -> None:
+    text = SPOT.read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == PARTS
+    (command,) = re.findall(r"`deptjax train ([^`]+)`", text)
+    options, _ = make_parser("deptjax train", "", "", "").parse(shlex.split(command))
+    assert {"start-from", "few-shot"} <= {name.rpartition(".")[2].replace("_", "-") for name in options}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
