@@ -64,10 +64,11 @@ def codebooks(width: int, part: int, field: str) -> int:
     """
     if width % part == 0:
         return width // part
-    parts = divisors(width)
-    near = [n for n in parts if n < part][-1:] + [n for n in parts if n > part][:1]
-    known = " or ".join(map(str, near))
-    raise UserError(f"accept: {field} {part} does not divide the backbone's width {width}; use {known}")
+    near, *others = sorted(divisors(width), key=lambda n: abs(n - part))
+    known = ", ".join(map(str, sorted(others)))
+    raise UserError(
+        f"accept: {field} {part} does not divide the backbone's width {width}; use {near}, or another divisor: {known}"
+    )
 
 
 @register_method

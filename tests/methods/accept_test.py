@@ -103,10 +103,17 @@ def test_the_prompt_may_start_from_a_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "part", "near"), [(576, 256, "192 or 288"), (24, 25, "24"), (7, 3, "1 or 7"), (768, 700, "384 or 768")]
+    ("width", "part", "near", "others"),
+    [
+        (48, 23, 24, "1, 2, 3, 4, 6, 8, 12, 16, 48"),
+        (24, 25, 24, "1, 2, 3, 4, 6, 8, 12"),
+        (7, 3, 1, "7"),
+        (768, 700, 768, "1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384"),
+    ],
 )
-def test_a_part_that_does_not_divide_names_those_that_do(width: int, part: int, near: str) -> None:
-    told = f"accept: offset_part {part} does not divide the backbone's width {width}; use {near}$"
+def test_a_part_that_does_not_divide_names_those_that_do(width: int, part: int, near: int, others: str) -> None:
+    does_not = f"accept: offset_part {part} does not divide the backbone's width {width}"
+    told = f"{does_not}; use {near}, or another divisor: {others}$"
     with pytest.raises(UserError, match=told):
         codebooks(width, part, "offset_part")
 
@@ -126,7 +133,9 @@ def test_parts_that_nobody_gave_are_the_nearest_that_divide(width: int, prompt: 
 def test_mistakes_are_found_before_the_first_step() -> None:
     with pytest.raises(UserError, match="accept: prompt_part 32 does not divide the backbone's width 24; use 24"):
         ACCEPT(prompt_part=32).resolve(24)
-    with pytest.raises(UserError, match="accept: offset_part 256 does not divide the backbone's width 576; use 192 or"):
+    with pytest.raises(
+        UserError, match="accept: offset_part 256 does not divide the backbone's width 576; use 288, or"
+    ):
         ACCEPT(offset_part=256).resolve(576)
     with pytest.raises(UserError, match="accept: offset_codewords is 0; it must be at least 1"):
         ACCEPT(offset_codewords=0)
