@@ -1,6 +1,6 @@
 """What every method of a suite costs: seconds a step, seconds for 1,000 predictions, memory; beside its test scores.
 
-    deptjax suite --gin-file configs/suites/methods_smollm2.gin --workdir runs/methods     # the scores, many hours
+    deptjax suite --gin-file configs/suites/methods_smollm2.gin --workdir runs/methods     # the scores, four hours
     python benchmarks/methods.py --suite runs/methods                                      # what they cost
     python benchmarks/methods.py --suite runs/methods --resume                             # goes on; reads scores anew
     python benchmarks/methods.py --table --write-page docs/methods.md --write-pages docs/methods

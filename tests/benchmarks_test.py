@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cases, collectives, decode, population, quantization, report, scaling
+from benchmarks import cases, collectives, decode, methods, population, quantization, report, scaling
 from benchmarks.command import FORMAT, Benchmark, load, write_between
 from benchmarks.compare import COMPARE
 from deptjax.errors import UserError
@@ -212,11 +212,19 @@ def test_decoding_is_compared_in_one_run(tmp_path: pathlib.Path) -> None:
         (population.POPULATION, "benchmarks/README.md"),
         (quantization.QUANTIZATION, "benchmarks/README.md"),
         (scaling.SCALING, "docs/scaling.md"),
+        (methods.METHODS, "docs/methods.md"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_a_table_is_of_the_stored_run(benchmark: Benchmark, page: str) -> None:
     assert table_in(ROOT / page, benchmark) == benchmark.markdown(load(benchmark.output))
+
+
+def test_each_methods_page_has_its_line_of_the_table() -> None:
+    results = load(methods.METHODS.output)
+    for kind in results["methods"]:
+        page = ROOT / "docs" / "methods" / f"{kind}.md"
+        assert table_in(page, methods.METHODS) == methods.markdown(results, [kind])
 
 
 def test_every_way_of_quantising_was_measured() -> None:
