@@ -25,8 +25,8 @@ from deptjax.typing import Tree
 # The sizes that texts, labels and batches are padded to: few, so that a handful of programs serves all requests.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 LABELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
-WASTE = 1.25  # batches of several methods are put together unless that pads them to more than so many times as much
 SEQUENCES = (4, 16, 64, 256, 1024, 4096)  # tasks with at most so many label sequences are batched together
+WASTE = 1.25  # batches of several methods are put together unless that pads them to more than so many times as much
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

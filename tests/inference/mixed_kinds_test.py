@@ -93,9 +93,8 @@ def test_what_acts_inside_the_model_and_what_would_only_pad_has_batches_of_its_o
     predict(TEXTS[:2] * 4, [name for name in names for _ in range(2)])
     assert sorted(ran) == [2, 2, 4]
     ran.clear()
-    prompts = {name: dataclasses.replace(prompt_of("t5", name)) for name in ("long", FROZEN)}
-    for prompt in prompts.values():
-        prompt.task["input"] = "{text}"
+    prompts = {name: prompt_of("t5", name) for name in ("long", FROZEN)}
+    prompts = {k: dataclasses.replace(p, task={**p.task, "input": "{text}"}) for k, p in prompts.items()}
     Predictor(backbone_of("t5"), prompts)(["good"] * 4, ["long", FROZEN, FROZEN, FROZEN])
     assert sorted(ran) == [1, 3]
 
