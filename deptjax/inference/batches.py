@@ -88,8 +88,7 @@ class Batches:
         A causal backbone has read prompts before, and for themselves; others read them with each text.
         """
         vectors = max(request.served.method.positions_in_front() for request in batch)
-        alone = not (self._backbone.config.is_encoder_decoder or self._backbone.config.is_masked)
-        return self.size(len(batch)) * (self._length(batch) + (0 if alone else vectors))
+        return self.size(len(batch)) * (self._length(batch) + (0 if self._backbone.config.is_causal else vectors))
 
     def arrays(self, batch: Sequence[Request]) -> tuple[Any, Tree, Rows, Any, Any]:
         """Returns what a compiled function needs: model, frozen, rows, source and its mask, padded to their buckets."""

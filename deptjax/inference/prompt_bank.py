@@ -225,7 +225,7 @@ class _Room:
         model = PromptedModel.build(backbone, method)
         has_prompt = method.positions_in_front() > 0
         has_prompt = has_prompt and not method.by_instance  # then it is made of each text
-        keeps_front = has_prompt and not (backbone.config.is_encoder_decoder or backbone.config.is_masked)
+        keeps_front = has_prompt and backbone.config.is_causal
         return cls(backbone, model, model.shapes(backbone.width), has_prompt, keeps_front)
 
     def member(self, method: Method, trainable: Tree) -> Tree:

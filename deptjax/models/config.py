@@ -41,6 +41,11 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         check_name(self.family, self.attention)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token sees those behind it; a prompt is then read before the texts, and others with each."""
+        return not (self.is_encoder_decoder or self.is_masked)
+
 
 class EvenHeads(BackboneConfig):
     """A config whose heads share the width evenly, and which has as many of keys and values as of queries.

@@ -109,7 +109,8 @@ def summarized(runs: Iterable[Numbers]) -> list[Numbers]:
     over the runs, the largest `peak_mib`, and `trainable_parameters`, as many as the largest run has.
 
     And where there are several tasks, one entry a method with the task `average`: of the first metric of each task,
-    averaged over the tasks for each seed that is done on all of them, `score`'s mean and deviation over these seeds.
+    averaged over the tasks for each seed that is done on all of them, `score`'s mean and deviation over these seeds;
+    `seeds` are asked for.
     """
     runs = list(runs)
     tasks, methods = (list(dict.fromkeys(run[name] for run in runs)) for name in ("task", "method"))
@@ -142,14 +143,14 @@ def _of_cells(cells: Sequence[Numbers]) -> Numbers:
 
 
 def _over_tasks(cells: Sequence[Numbers], tasks: Sequence[str]) -> Numbers:
-    """Returns the score of a method over all tasks, of the seeds that are done on all of them."""
+    """Returns a method's score over all tasks, of the seeds that are done on all of them, and how many are asked for."""
     scores: dict[int, list[float]] = {}
     for cell in cells:
         score = main_score(cell)
         if score is not None:
             scores.setdefault(cell["seed"], []).append(score)
     averages = [statistics.fmean(of_seed) for of_seed in scores.values() if len(of_seed) == len(tasks)]
-    return {"score": mean_and_sd(averages) if averages else None}
+    return {"score": mean_and_sd(averages) if averages else None, "seeds": len({cell["seed"] for cell in cells})}
 
 
 def main_score(cell: Numbers) -> float | None:

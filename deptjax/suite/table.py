@@ -146,12 +146,12 @@ def metric_of(results: Numbers, task: str) -> str:
 
 
 def score_text(entry: Numbers | None) -> str:
-    """Returns a summary's score, with `(2 of 3)` behind it where runs are missing from it."""
+    """Returns a summary's score, with `(2 of 3)` behind it where seeds are missing from it."""
     score = None if entry is None else entry["score"]
     if entry is None or score is None or score["mean"] is None:
         return NONE
-    asked = entry["of"] if entry["task"] != AVERAGE else None
-    partial = f" ({score['n']} of {asked})" if asked is not None and score["n"] < asked else ""
+    asked = entry.get("seeds", score["n"]) if entry["task"] == AVERAGE else entry["of"]
+    partial = f" ({score['n']} of {asked})" if score["n"] < asked else ""
     return mean_text(score) + partial
 
 
