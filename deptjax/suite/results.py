@@ -143,7 +143,7 @@ def _of_cells(cells: Sequence[Numbers]) -> Numbers:
 
 
 def _over_tasks(cells: Sequence[Numbers], tasks: Sequence[str]) -> Numbers:
-    """Returns a method's score over all tasks, of the seeds that are done on all of them, and how many are asked for."""
+    """Returns a method's score over all tasks, of the seeds done on all of them, and how many seeds are asked for."""
     scores: dict[int, list[float]] = {}
     for cell in cells:
         score = main_score(cell)
