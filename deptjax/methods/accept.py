@@ -56,14 +56,10 @@ def nearest_part(width: int, wanted: int) -> int:
     return min(divisors(width), key=lambda part: abs(part - wanted))
 
 
-def codebooks(width: int, part: int, field: str) -> int:
-    """Returns K, how many parts of `part` numbers `width` has. Raises `UserError` naming the field where it has none.
-
-    >>> codebooks(768, 32, "prompt_part")
-    24
-    """
+def check_part(width: int, part: int, field: str) -> None:
+    """Raises `UserError` that names the field and the divisors where `part` numbers do not divide `width`."""
     if width % part == 0:
-        return width // part
+        return
     near, *others = sorted(divisors(width), key=lambda n: abs(n - part))
     known = ", ".join(map(str, sorted(others)))
     raise UserError(
@@ -129,7 +125,7 @@ class ACCEPT(InputMethod):
         part = getattr(self, f"{name}_part")
         if part is None:
             return nearest_part(width, PARTS[name])
-        codebooks(width, part, f"{name}_part")
+        check_part(width, part, f"{name}_part")
         return part
 
     @nn.compact
@@ -138,23 +134,26 @@ class ACCEPT(InputMethod):
         width, length, positions = embeds.shape[-1], embeds.shape[1], texts.positions
         if positions is None and length > self.max_length:
             raise UserError(f"{length} tokens are more than max_length {self.max_length}; raise max_length")
-        prompt = self._mixed("prompt", self.prompt_length, width, self.prompt_codewords, 1.0)
+        prompt = mixed_codewords(*self._parts("prompt", self.prompt_length, width, self.prompt_codewords, 1.0))
         # torch's gain without `a` is sqrt(2), and 1/sqrt(3) with a = sqrt(5).
-        offset = self._mixed("offset", self.max_length, width, self.offset_codewords, math.sqrt(6.0))
+        gain = math.sqrt(6.0)
+        weights, codebook = self._parts("offset", self.max_length, width, self.offset_codewords, gain)
+        # What the text has no place for is not mixed.
         if positions is None:
-            offset = offset[:length]
+            weights = weights[:length]
         else:  # an index outside gets zeros: no offset for padding, none behind max_length
-            offset = offset.at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
-        return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
+            weights = jnp.asarray(weights).at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
+        offset = mixed_codewords(weights, codebook).astype(embeds.dtype)
+        return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset, embeds.shape)
 
-    def _mixed(self, name: str, rows: int, width: int, codewords: int, gain: float) -> Float[Array, "_ D"]:
-        """Returns the vectors of one of the two, of parameters `NAME_weights` and `NAME_codebook`."""
+    def _parts(self, name: str, rows: int, width: int, codewords: int, gain: float) -> tuple[Array, Array]:
+        """Returns weights (rows, K, R) and codebook (K, R, t) of one of the two: `NAME_weights` and `NAME_codebook`."""
         part = self._part(name, width)
         count = width // part
         start = initializers.uniform_within(1.0 / math.sqrt(count * codewords))
         weights = self.param(f"{name}_weights", start, (rows, count, codewords))
         start = initializers.uniform_within(gain / math.sqrt(codewords * part))
-        return mixed_codewords(weights, self.param(f"{name}_codebook", start, (count, codewords, part)))
+        return weights, self.param(f"{name}_codebook", start, (count, codewords, part))
 
     def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
         if self.prompt_init == "random":

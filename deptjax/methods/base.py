@@ -224,10 +224,7 @@ class Method:
 
     def check_sizes(self) -> None:
         """Raises `UserError` for a size that is given and below 1."""
-        for name in (*self.sizes, *self.more_sizes):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
+        self.check_positive(*self.sizes, *self.more_sizes)
 
     def sites(self) -> Sites:
         """Returns what fills each site."""

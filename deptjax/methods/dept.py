@@ -16,14 +16,13 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError
 from deptjax.methods import initializers
 from deptjax.methods.base import Texts, register_method
 from deptjax.methods.input_method import InputMethod
-from deptjax.typing import Array, Float, Key
+from deptjax.typing import Array, Float
 
 VANILLA_LENGTH = 100  # l, the length of the soft prompt whose parameter budget DePT shares
 
@@ -60,12 +59,6 @@ def scaling_factor(scaling: str | float, alpha: float, rank: int) -> float:
     if isinstance(scaling, str) and scaling not in named:
         raise UserError(f"scaling '{scaling}' is not known; use 'alpha/sqrt(rank)', 'none' or a number")
     return named[scaling] if isinstance(scaling, str) else float(scaling)
-
-
-def uniform_a(key: Key, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
-    """Returns A (X, R) from U(-1/sqrt(R), 1/sqrt(R)): torch's `kaiming_uniform_(a=sqrt(5))`, whose fan-in here is R."""
-    limit = 1.0 / math.sqrt(shape[1])
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 @register_method
@@ -127,7 +120,9 @@ class DePT(InputMethod):
         width = embeds.shape[-1]
         rank = self.rank_at(width)
         prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, width))
-        a = self.param("lora_a", uniform_a, (self.max_length, rank))
+        # The authors' kaiming_uniform_(a=sqrt(5)) of an (X, R) matrix, whose fan-in is R.
+        uniform = initializers.uniform_within(1.0 / math.sqrt(rank))
+        a = self.param("lora_a", uniform, (self.max_length, rank))
         b = self.param("lora_b", nn.initializers.zeros, (rank, width))
         if positions is None and embeds.shape[1] > self.max_length:
             raise UserError(f"{embeds.shape[1]} tokens are more than max_length {self.max_length}; raise max_length")

@@ -16,6 +16,8 @@ Parameters, the encoder aside: 2 (H F + F) + (F + 1) M R + (F + 1) D R + M D, wi
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,10 @@ def gated(shared: Float[Array, "M D"], instance: Float[Array, "B M D"], variant:
 
 
 class Head(nn.Module):
-    """A head of LoPA: dropout, a hidden layer with tanh, and `features` numbers a text."""
+    """A head of LoPA: dropout, a hidden layer with tanh, and `features` numbers a text.
+
+    Kernels start as in the authors' code, and so do biases: zero behind, and in front as torch draws them.
+    """
 
     hidden: int
     features: int
@@ -62,7 +67,8 @@ class Head(nn.Module):
         """Returns the numbers in float32."""
         normal = nn.initializers.normal(0.02)
         encoding = nn.Dropout(self.dropout)(encoding, deterministic=not self.has_rng("dropout"))
-        hidden = jnp.tanh(nn.Dense(self.hidden, kernel_init=normal, name="down")(encoding))
+        uniform = initializers.uniform_within(1.0 / math.sqrt(encoding.shape[-1]))
+        hidden = jnp.tanh(nn.Dense(self.hidden, kernel_init=normal, bias_init=uniform, name="down")(encoding))
         return nn.Dense(self.features, kernel_init=normal, name="up")(hidden)
 
 
@@ -119,7 +125,7 @@ class LoPA(EncodedMethod):
         return gated(shared, low_rank(u, v), self.variant).astype(embeds.dtype), embeds
 
     def learning_rates(self, prompt_lr: float) -> dict[str, float]:
-        # The authors train all of it at 1e-3, with an encoder that is tuned (on GLUE) at 1e-5.
+        # The authors' rates: 1e-3 of all of it on code, where the encoder is frozen; 1e-5 on GLUE, encoder and all.
         return {"prompt": prompt_lr, "low_rank": 1e-3, **self.encoder_rate()}
 
     def positions_in_front(self) -> int:

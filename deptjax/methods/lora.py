@@ -12,11 +12,11 @@ import dataclasses
 import math
 
 import flax.linen as nn
-import jax
 
+from deptjax.methods import initializers
 from deptjax.methods.base import LinearSite, Sites, register_method
 from deptjax.methods.targets import TargetedMethod
-from deptjax.typing import Array, Float, Key
+from deptjax.typing import Array, Float
 
 
 def lora_update(x: Float[Array, "... I"], a: Float[Array, "I R"], b: Float[Array, "R O"], scaling: float) -> Array:
@@ -40,11 +40,7 @@ class LoRALinear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"], y: Float[Array, "... O"]) -> Float[Array, "... O"]:
         """Returns `y` plus the update for `x`."""
-        limit = 1.0 / math.sqrt(x.shape[-1])
-
-        def uniform(key: Key, shape: tuple[int, int]) -> Array:
-            return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
-
+        uniform = initializers.uniform_within(1.0 / math.sqrt(x.shape[-1]))
         a = self.param("lora_a", uniform, (x.shape[-1], self.rank))
         b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features_out))
         return y + lora_update(x, a.astype(x.dtype), b.astype(x.dtype), self.scaling)

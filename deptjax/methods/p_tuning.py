@@ -117,12 +117,16 @@ class PTuning(ReparametrisedPrompt):
         return layers
 
     def _lstm(self, name: str, features_in: int, hidden: int) -> Layer:
-        """Returns the parameters of one direction of one layer; torch's two biases are one."""
+        """Returns the parameters of one direction of one layer; the bias is the sum of torch's two."""
         start: Callable[..., Array] = initializers.uniform_within(1.0 / math.sqrt(hidden))
+
+        def summed(key: Key, shape: tuple[int, ...]) -> Array:
+            return start(key, (2, *shape)).sum(axis=0)
+
         return (
             self.param(f"{name}_input", start, (features_in, 4 * hidden)),
             self.param(f"{name}_state", start, (hidden, 4 * hidden)),
-            self.param(f"{name}_bias", start, (4 * hidden,)),
+            self.param(f"{name}_bias", summed, (4 * hidden,)),
         )
 
     def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:

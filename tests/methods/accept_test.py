@@ -9,7 +9,7 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.methods import ACCEPT, PromptTuning, mixed_codewords
-from deptjax.methods.accept import codebooks
+from deptjax.methods.accept import check_part
 from deptjax.methods.base import input_parameters
 from deptjax.training.state import count_parameters
 from tests.cases import backbone_of, make_case
@@ -115,7 +115,7 @@ def test_a_part_that_does_not_divide_names_those_that_do(width: int, part: int, 
     does_not = f"accept: offset_part {part} does not divide the backbone's width {width}"
     told = f"{does_not}; use {near}, or another divisor: {others}$"
     with pytest.raises(UserError, match=told):
-        codebooks(width, part, "offset_part")
+        check_part(width, part, "offset_part")
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,14 @@ def test_the_prompt_is_pefts(network: str) -> None:
 def test_layers_start_as_torchs_and_vectors_from_a_normal() -> None:
     first = input_parameters(PTuning(prompt_length=97, network="lstm", hidden=41), jax.random.key(0), 101)
     assert np.std(first["prompt"]) == pytest.approx(1.0, rel=0.05)
-    limits = {"w1": 2 * 41, "b1": 2 * 41, "w2": 2 * 41, "lstm0_on_input": 41, "lstm1_back_bias": 41}
+    limits = {"w1": 2 * 41, "b1": 2 * 41, "w2": 2 * 41, "lstm0_on_input": 41}
     for name, fan_in in limits.items():
         limit = 1 / np.sqrt(fan_in)
         assert np.abs(first[name]).max() <= limit
         assert np.std(first[name]) == pytest.approx(limit / np.sqrt(3), rel=0.15)
+    # The sum of torch's two biases, each of them uniform within the limit.
+    assert np.std(first["lstm1_back_bias"]) == pytest.approx(np.sqrt(2 / 3 / 41), rel=0.15)
+    assert np.abs(first["lstm1_back_bias"]).max() <= 2 / np.sqrt(41)
 
 
 def test_parameter_counts() -> None:
