@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deptjax.methods.base import SITE, AttentionSite, Method, Texts, input_parameters
+from deptjax.methods.base import COMMON, SITE, AttentionSite, Method, Texts, input_parameters
 from deptjax.models.prompted import PromptedModel
 from deptjax.models.sizes import parameter_shapes
 from deptjax.products import product_flops
@@ -76,8 +76,8 @@ def step_flops(config: Any, method: Method, batch: BatchShape, share_prompt: boo
     method = method.resolve(config.width)
     tally = _Tally(config, method)
     front = _input_site(tally, method, config.width, batch)
-    if method.shared:
-        tally.formula(method.inner, _trained_shapes(config, method))
+    if method.sites().attention is not None:
+        tally.formula(method.common, _trained_shapes(config, method))
     if method.tunes_backbone:
         front = front._replace(text=True)
     if config.is_encoder_decoder:
@@ -106,7 +106,7 @@ class _Tally:
         self.forward = self.input_gradient = self.weight_gradient = 0
         self.all_trained = method.tunes_backbone
         self._kernels = parameter_shapes(config)
-        self._sites = _inner_sites(config, method)
+        self._sites, self._common = _inner_sites(config, method)
         self._fill = method.sites().attention
         self._heads = getattr(config, "num_kv_heads", config.num_heads), config.head_dim
 
@@ -137,7 +137,7 @@ class _Tally:
         self, layer: str, name: str, rows: int, queries: int, keys: int, q: bool, k: bool, v: bool, heads: int
     ) -> bool:
         """Adds scores and mixing of `heads` = N * H numbers a position; what fills the site is keys and values more."""
-        prefix = self._prefix(f"{layer.removesuffix('layers')}{name}")
+        prefix = self._prefix(layer, name)
         keys += prefix
         k, v = k or prefix > 0, v or prefix > 0
         flops = 2 * rows * queries * keys * heads
@@ -145,13 +145,14 @@ class _Tally:
         self.input_gradient += flops * (q + k) + flops * ((q or k) + v)  # of the scores' operands, of the mixing's
         return q or k or v
 
-    def _prefix(self, path: str) -> int:
+    def _prefix(self, layer: str, name: str) -> int:
         """Adds the formula of what fills an attention site, and returns how many keys that gives."""
+        path = f"{layer.removesuffix('layers')}{name}"
         fill = self._fill and self._fill(AttentionSite(path, *self._heads), SITE)
         if not fill:
             return 0
         params = jax.eval_shape(fill.init, jax.random.key(0))
-        keys, _ = self.formula(fill.apply, params)
+        keys, _ = self.formula(fill.apply, {**params, COMMON: _at(self._common, f"{layer}/{name}/{SITE}")})
         return int(keys.shape[0])
 
     def formula(self, function: Callable[[Tree], Any], params: Tree) -> Any:
@@ -275,13 +276,13 @@ def _input_site(tally: _Tally, method: Method, width: int, batch: BatchShape) ->
 
 
 @functools.lru_cache(maxsize=16)
-def _inner_sites(config: Any, method: Method) -> Tree:
-    """Returns the shapes of what fills the inner sites, stacked over the layers."""
+def _inner_sites(config: Any, method: Method) -> tuple[Tree, Tree]:
+    """Returns the shapes of what fills the inner sites, stacked over the layers, and of what these have in common."""
     sites = method.sites()
     if sites.linear is None and sites.attention is None:
-        return {}
-    tree: Tree = _trained_shapes(config, method).get("backbone", {})
-    return tree
+        return {}, {}
+    trained = _trained_shapes(config, method)
+    return trained.get("backbone", {}), jax.eval_shape(method.common, trained)
 
 
 def _trained_shapes(config: Any, method: Method) -> Tree:

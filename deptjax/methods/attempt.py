@@ -98,6 +98,10 @@ class ATTEMPT(InputMethod):
         """The folders of the source prompts."""
         return [place.strip() for place in self.sources.split(",") if place.strip()]
 
+    def stacked_by(self, name: str) -> object:
+        # A saved prompt has its sources in itself; where they lay does not matter.
+        return len(self.places) if name == "sources" else super().stacked_by(name)
+
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "B M D"], Array]:
         """Returns each text's prompt and the embeddings as they came."""

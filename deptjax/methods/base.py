@@ -38,6 +38,7 @@ from deptjax.typing import Array, Key, Tree
 ENCODER = "encoder"  # the key of a tuned encoder's weights in `trainable`
 POOLINGS = ("first", "mean", "last", "pooled")
 FIXED = "fixed"  # the group of parameters that a method keeps and does not train
+COMMON = "common"  # the collection in which modules of inner sites find what all layers have in common
 SITE = "site"  # the key under which the parameters of what fills an inner site are found
 
 
@@ -201,10 +202,10 @@ class Method:
     """Names of parameters whose size along an axis is the prompt's length, and the axis: zeros go in front there."""
 
     free: ClassVar[tuple[str, ...]] = ()
-    """Fields that say how training starts, or that `scales` accounts for: they may differ between stacked prompts."""
+    """Fields of training alone, or that `scales` accounts for: they may differ between stacked prompts."""
 
-    shared: ClassVar[tuple[str, ...]] = ()
-    """Names, among the parameters of an inner site, of those that no layer has for itself: `inner` puts them there."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Names, among the parameters of an inner site, of those that are not kept: `inner` puts them there."""
 
     axes: ClassVar[Mapping[str, Axes]] = {}
     """Logical axes of large parameters of an inner site, by name, to split them over a mesh as the model is; `in` and
@@ -214,6 +215,10 @@ class Method:
     def typical(cls) -> Method:
         """Returns the method at its defaults, for what is asked of no run in particular."""
         return cls()
+
+    def stacked_by(self, name: str) -> Any:
+        """Returns what prompts that are stacked must have in common of a field that is no size and not free."""
+        return getattr(self, name)
 
     def check_positive(self, *names: str) -> None:
         """Raises `UserError` for one of these fields that is given and below 1."""
@@ -241,9 +246,15 @@ class Method:
     def inner(self, trainable: Tree) -> Tree:
         """Returns the parameters of what fills the inner sites, in the backbone's tree.
 
-        They are `trainable["backbone"]`, and those named in `shared`, which are made of what is kept once.
+        They are `trainable["backbone"]`, and those named in `derived`.
         """
         return trainable.get("backbone", {})
+
+    def common(self, trainable: Tree) -> Tree:
+        """Returns what all layers have in common, in the backbone's tree: what the modules of inner sites find in the
+        collection `COMMON`. Of layers that are scanned it stands there once, without an axis of layers.
+        """
+        return {}
 
     def at_input(self, trainable: Tree) -> Tree:
         """Returns the parameters of what fills the input site: `trainable["input"]`, and what else acts there."""

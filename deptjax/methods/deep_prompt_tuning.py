@@ -3,10 +3,10 @@
     replace    x_i = [P_i; text part of what block i-1 gives]               P_i (M, D) trained, one a layer
     add        x_i = [prompt part of it + P_i; text part of it]             behind a trained prompt in front, P_i from 0
 
-Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119 (VPT-deep), and, for text, P-tuning v2 (Liu et al., ACL
-2022, arXiv 2110.07602), replace: what a block makes of its prompt is given up for the next layer's own. M-IDPG (Wu et
-al., NAACL 2022, arXiv 2204.04497) adds. P_i starts from U(-sqrt(3 / D), sqrt(3 / D)), of RMS 1 / sqrt(D), when it
-replaces. Layers are those of a causal or masked model, or of an encoder-decoder's encoder.
+Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119 (VPT-deep), replace: what a block makes of its prompt is
+given up for the next layer's own. M-IDPG (Wu et al., NAACL 2022, arXiv 2204.04497) adds. P-tuning v2, whose released
+code gives each layer keys and values, is in `prefix_tuning`. P_i starts from U(-sqrt(3 / D), sqrt(3 / D)), of RMS
+1 / sqrt(D), when it replaces. Layers are those of a causal or masked model, or of an encoder-decoder's encoder.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
-from deptjax.methods.base import Sites, StreamSite, Texts, Vocabulary, register_method
+from deptjax.methods.base import COMMON, Sites, StreamSite, Texts, Vocabulary, register_method
 from deptjax.methods.encoded import EncodedMethod
-from deptjax.methods.in_common import beside_layers, of_first_layer
+from deptjax.methods.in_common import beside_layers, in_place_of, of_first_layer
 from deptjax.typing import Array, Float, Key, Tree
 
 GENERATORS = ("phm", "dense")
@@ -101,6 +101,17 @@ class Generator:
         return PHM(features, self.factors, name=name)
 
 
+class _Generates(nn.Module):
+    """A generator by itself."""
+
+    generator: Generator
+
+    @nn.compact
+    def __call__(self, state: Float[Array, "B H"], width: int) -> Float[Array, "B M D"]:
+        """Returns the prompts."""
+        return self.generator(self, state, width)
+
+
 class LayerPrompts(nn.Module):
     """What M-IDPG adds to the prompt in front of a layer: the layer's own C, and G of the text's state there.
 
@@ -117,8 +128,12 @@ class LayerPrompts(nn.Module):
         width = x.shape[-1]
         own = self.param("prompt", nn.initializers.normal(0.05), (self.generator.length, width))
         adds = self.param("adds", nn.initializers.ones, ())
-        made = self.generator(self, text().astype(jnp.float32), width)
-        return x + (adds * (made + own[None])).astype(x.dtype)
+        if self.is_initializing():  # the generator has its parameters at the input
+            return x
+        rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
+        generator = _Generates(self.generator, parent=None)
+        made = generator.apply({"params": self.variables[COMMON]}, text().astype(jnp.float32), width, rngs=rngs)
+        return x + (adds * (jnp.asarray(made) + own[None])).astype(x.dtype)
 
 
 @register_method
@@ -140,7 +155,8 @@ class IDPG(EncodedMethod):
     formula = "2 n n n + (H F + F M D) / n + F + M D"
     free_size = "prompt_length"
     letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "n": "factors"}
-    shared = ("down", "up", "bias", "adds")
+    free = ("encoding_dropout",)
+    derived = ("adds",)
 
     prompt_length: int = 5
     hidden: int = 16
@@ -190,8 +206,10 @@ class IDPG(EncodedMethod):
         return LayerPrompts(self._generator, name=name)
 
     def inner(self, trainable: Tree) -> Tree:
-        layers, once = super().inner(trainable), trainable.get("input", {})
-        return beside_layers(layers, "prompt", lambda i: {**once, "adds": jnp.asarray(i > 0, jnp.float32)})
+        return beside_layers(super().inner(trainable), "prompt", lambda i: {"adds": jnp.asarray(i > 0, jnp.float32)})
+
+    def common(self, trainable: Tree) -> Tree:
+        return in_place_of(super().inner(trainable), "prompt", trainable.get("input", {}))
 
     def at_input(self, trainable: Tree) -> Tree:
         own = super().at_input(trainable)

@@ -1,6 +1,6 @@
-"""What all layers have in common: kept once, in `trainable["input"]`, and put beside each layer when the model runs.
+"""What all layers have in common: kept once, in `trainable["input"]`, and found beside each layer when the model runs.
 
-A gradient of what is put there in several places is the sum over these, as it should be of one parameter. And the other
+A gradient of what is found in several places is the sum over these, as it should be of one parameter. And the other
 way: what is kept beside the first layer, and acts at the input.
 """
 
@@ -38,6 +38,20 @@ def beside_layers(tree: Tree, own: str, common: Callable[[Any], Tree], layer: in
         return int(found[1]) if found else layer
 
     return {name: beside_layers(node, own, common, number(name)) for name, node in tree.items()}
+
+
+def in_place_of(tree: Tree, own: str, common: Tree) -> Tree:
+    """Returns a tree of inner sites with `common` as the parameters of each that has one named `own`, and no others.
+
+    It is the same object everywhere, and once where layers are stacked.
+
+    >>> in_place_of({"layers": {"site": {"own": 3}, "other_site": {"lora_a": 5}}}, "own", {"number": 7})
+    {'layers': {'site': {'number': 7}}}
+    """
+    if own in tree:
+        return common
+    below = {name: in_place_of(node, own, common) for name, node in tree.items() if isinstance(node, dict)}
+    return {name: node for name, node in below.items() if node}
 
 
 def of_first_layer(tree: Tree, own: str) -> Any:

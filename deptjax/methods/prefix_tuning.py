@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.methods import initializers
-from deptjax.methods.base import AttentionSite, Method, Sites, Texts, register_method
+from deptjax.methods.base import COMMON, AttentionSite, Method, Sites, Texts, register_method
 from deptjax.methods.dense import dense
-from deptjax.methods.in_common import beside_layers
+from deptjax.methods.in_common import in_place_of
 from deptjax.methods.targets import TargetedMethod
 from deptjax.typing import Array, Float, Tree
 
@@ -116,21 +116,20 @@ class MadePrefix(nn.Module):
     def __call__(self) -> tuple[Float[Array, "P K H"], Float[Array, "P K H"]]:
         """Returns the keys and the values, which every row and every query attends to."""
         heads, out = (self.num_heads, self.head_dim), initializers.uniform_within(1.0 / math.sqrt(self.hidden))
-        return made_prefix(
-            self.param(STATES, nn.initializers.zeros, (self.length, self.hidden)),
-            self.param("w2", out, (self.hidden, 2, *heads)),
-            self.param("b2", out, (2, *heads)),
-        )
+        w2 = self.param("w2", out, (self.hidden, 2, *heads))
+        b2 = self.param("b2", out, (2, *heads))
+        states = jnp.zeros((self.length, self.hidden))
+        return made_prefix(states if self.is_initializing() else self.get_variable(COMMON, STATES), w2, b2)
 
 
-def folded_prefixes(tree: Tree) -> Tree:
+def folded_prefixes(tree: Tree, states: Float[Array, "P F"]) -> Tree:
     """Returns a tree of sites, stacked over layers or not, with keys and values in the place of what makes them."""
     if not isinstance(tree, dict):
         return tree
-    if STATES not in tree:
-        return {name: folded_prefixes(node) for name, node in tree.items()}
-    made = made_prefix if tree[STATES].ndim == 2 else jax.vmap(made_prefix)
-    keys, values = made(*(jnp.asarray(tree[name]) for name in (STATES, "w2", "b2")))
+    if "w2" not in tree:
+        return {name: folded_prefixes(node, states) for name, node in tree.items()}
+    made = made_prefix if tree["b2"].ndim == 3 else jax.vmap(made_prefix, in_axes=(None, 0, 0))
+    keys, values = made(states, jnp.asarray(tree["w2"]), jnp.asarray(tree["b2"]))
     return {"keys": np.asarray(keys), "values": np.asarray(values)}
 
 
@@ -153,7 +152,6 @@ class PrefixTuning(TargetedMethod):
     letters = {"P": "prefix_length"}
     starts_plain = False
     more_sizes = ("prefix_length", "hidden")
-    shared = (STATES,)
 
     prefix_length: int = 20
     targets: str = "attention$"
@@ -171,17 +169,19 @@ class PrefixTuning(TargetedMethod):
             return Prefix(self.prefix_length, site.num_heads, site.head_dim, name=name)
         return MadePrefix(self.prefix_length, site.num_heads, site.head_dim, self.hidden, name=name)
 
-    def inner(self, trainable: Tree) -> Tree:
-        layers = super().inner(trainable)
+    def common(self, trainable: Tree) -> Tree:
         if self.hidden is None:
-            return layers
-        states = prefix_states(*(jnp.asarray(trainable["input"][name]) for name in ("vectors", "w1", "b1")))
-        return beside_layers(layers, "w2", lambda i: {STATES: states})
+            return {}
+        return in_place_of(trainable["backbone"], "w2", {STATES: self._states(trainable)})
+
+    def _states(self, trainable: Tree) -> Array:
+        return prefix_states(*(jnp.asarray(trainable["input"][name]) for name in ("vectors", "w1", "b1")))
 
     def fold(self, trainable: Tree) -> tuple[Method, Tree]:
         if self.hidden is None:
             return self, trainable
-        return dataclasses.replace(self, hidden=None), {"backbone": folded_prefixes(self.inner(trainable))}
+        folded = folded_prefixes(trainable["backbone"], self._states(trainable))
+        return dataclasses.replace(self, hidden=None), {"backbone": folded}
 
     def group(self, path: tuple[str, ...]) -> str:
         return "prompt" if path[-1] in ("keys", "values", "vectors") else "low_rank"

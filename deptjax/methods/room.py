@@ -21,7 +21,7 @@ from deptjax.typing import Array, Tree
 def kind_of(method: Method) -> tuple[Any, ...]:
     """Returns what methods must have in common to share a room: all but sizes, scales and where training starts."""
     fixed = [name for name in method_fields(type(method)) if name not in (*method.sizes, *method.free)]
-    return (method.kind, *((name, getattr(method, name)) for name in fixed))
+    return (method.kind, *((name, method.stacked_by(name)) for name in fixed))
 
 
 def room_for(methods: Sequence[Method]) -> Any:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from deptjax.errors import UserError
-from deptjax.methods.base import NO_SITES, Sites
+from deptjax.methods.base import COMMON, NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, attend, front_bias, heads_in_front
 from deptjax.models.config import EvenHeads, check_activation
@@ -201,6 +201,7 @@ class Bert(nn.Module):
             self.layers: Any = nn.scan(
                 block,
                 variable_axes={"params": 0},
+                variable_broadcast=COMMON,
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast,),
                 length=c.num_layers,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from deptjax.methods.base import NO_SITES, Sites
+from deptjax.methods.base import COMMON, NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import (
     KV,
@@ -219,6 +219,7 @@ class CausalModel(nn.Module):
             self.layers: Any = nn.scan(
                 block,
                 variable_axes={"params": 0},
+                variable_broadcast=COMMON,
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0),
                 length=c.num_layers,

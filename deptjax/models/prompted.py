@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from deptjax.errors import UserError
-from deptjax.methods.base import ENCODER, SITE, Method, Texts, Vocabulary, input_parameters
+from deptjax.methods.base import COMMON, ENCODER, SITE, Method, Texts, Vocabulary, input_parameters
 from deptjax.models.backbone import Backbone
 from deptjax.models.encoder import Encoding
 from deptjax.quantization import any_quantized
@@ -185,7 +185,7 @@ class PromptedModel:
         return {**trainable, "backbone": inner} if inner else trainable
 
     def _init_sites(self, key: Key) -> Tree:
-        return site_leaves(self.module.init(key, method="init_pass")["params"], self.method.shared)
+        return site_leaves(self.module.init(key, method="init_pass")["params"], self.method.derived)
 
     def target_logits(
         self,
@@ -335,4 +335,5 @@ class PromptedModel:
         return self.module.apply(*args, **kwargs)  # never with mutable collections, so there is one result
 
     def _variables(self, trainable: Tree, frozen: Tree) -> dict[str, Tree]:
-        return {"params": merge_trees(frozen, self.method.inner(trainable))}
+        params = merge_trees(frozen, self.method.inner(trainable))
+        return {"params": params, COMMON: self.method.common(trainable)}

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from deptjax.errors import UserError
-from deptjax.methods.base import NO_SITES, Sites
+from deptjax.methods.base import COMMON, NO_SITES, Sites
 from deptjax.models import layers
 from deptjax.models.attention import KV, Segment, append, attend, front_bias, heads_in_front, step_bias
 from deptjax.models.config import BackboneConfig, check_activation
@@ -270,7 +270,12 @@ class DecoderLayer(nn.Module):
 def _scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...]) -> Any:
     """Returns the layer scanned: parameters stacked on axis 0, each layer with its own dropout."""
     return nn.scan(
-        layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, in_axes=in_axes, length=length
+        layer,
+        variable_axes={"params": 0},
+        variable_broadcast=COMMON,
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
     )
 
 

@@ -50,7 +50,7 @@ class TrainConfig:
       evaluation: `labels` (by likelihood), `generate` (greedy text), or `auto`: `labels` where the task has labels.
       max_length: longest source in tokens; `None` means the method's `max_length`, or 256.
       on_too_long: `cut` longer sources with a counted warning, or `error`.
-      dropout: the backbone's dropout in training (T5 has it).
+      dropout: dropout in training: the backbone's (T5 has it), and a method's own (LoPA's and IDPG's heads).
       buckets: how many source lengths batches are padded to, at most; each is one more program to compile.
       eval_every: steps between evaluations on the dev split; 0 for none.
       eval_examples: dev examples looked at; `None` for all.

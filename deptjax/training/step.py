@@ -31,7 +31,7 @@ def make_loss(
       model: a `PromptedModel`.
       label_tokens: (C,) token ids; given, the loss is over these alone (classification), at the one position where
         the label stands; otherwise it is over the whole vocabulary at every target token.
-      dropout: whether the backbone's dropout is on.
+      dropout: whether dropout is on: the backbone's, and that of a method's own parts.
       real: (C,) which of the label tokens count; `None` for all.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 
@@ -12,6 +13,7 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.inference.predictor import Predictor, evaluate
+from deptjax.inference.prompt_bank import PromptBank
 from deptjax.methods import ATTEMPT, MPT, PromptTuning
 from deptjax.methods.base import FIXED, Texts, input_parameters
 from deptjax.prompt import Prompt
@@ -72,9 +74,17 @@ def test_a_run_keeps_its_sources_and_needs_them_no_more(tmp_path: pathlib.Path) 
     for place in moved:
         place.rename(place.with_name(f"{place.name}-away"))
     assert evaluate(backbone, saved, review_task(), split="dev") == pytest.approx(saved.metrics)
+    # Another run, with other sources, is another task of the same bank: no folder is asked for, and none compared.
+    swapped = {"input": {**saved.trainable["input"], "sources": 2 * saved.trainable["input"]["sources"][::-1]}}
+    others = ATTEMPT(5, "not/there,nor/this", bottleneck=7)
+    other = dataclasses.replace(saved, method=others, trainable=swapped)
+    assert PromptBank(backbone, {"a": saved}).accepts(others)
+    assert not PromptBank(backbone, {"a": saved}).accepts(ATTEMPT(5, "not/there", bottleneck=7))
     texts = ["the film was good", "a bad story"]
-    both = Predictor(backbone, {"a": saved, "b": saved})(texts, ["a", "b"])
-    assert [a.scores for a in both] == [pytest.approx(a.scores, abs=1e-6) for a in Predictor(backbone, saved)(texts)]
+    both = Predictor(backbone, {"a": saved, "b": other})(texts * 2, ["a", "a", "b", "b"])
+    alone = [*Predictor(backbone, saved)(texts), *Predictor(backbone, other)(texts)]
+    assert [a.scores for a in both] == [pytest.approx(a.scores, abs=1e-6) for a in alone]
+    assert both[0].scores != pytest.approx(both[2].scores, abs=1e-4)
 
 
 def test_mpt_starts_as_its_prompt_and_is_saved_as_one(tmp_path: pathlib.Path) -> None:

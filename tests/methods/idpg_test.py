@@ -148,6 +148,15 @@ def test_decoding_has_the_logits_of_training(family: str, scan: bool) -> None:
     np.testing.assert_allclose(again[0, 0], wanted[1, 1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_scanned_layers_read_one_generator(family: str) -> None:
+    """A copy for each layer would be what fills the memory."""
+    case = case_of(family, EVERY, True)
+    kernel = case.moved["input"]["up"]["kernel"]
+    variables = jax.tree.leaves(case.model._variables(case.moved, case.frozen))
+    assert [leaf.shape for leaf in variables if leaf.shape[-2:] == kernel.shape] == [kernel.shape]
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_two_tasks_share_a_bank_and_answer_as_alone(family: str) -> None:
     cases = {"one": case_of(family, EVERY)}
@@ -170,9 +179,7 @@ def test_a_run_at_every_layer_drops_out_in_all_of_them(tmp_path: pathlib.Path) -
     run = train(backbone, method, review_task(16, 8), tmp_path / "run", **settings)
     assert run.prompt is not None
     assert run.prompt.trainable["backbone"]["layers"]["prompt_site"].keys() == {"prompt"}
-    assert evaluate(backbone_of("llama"), run.prompt, review_task(16, 8), split="dev") == pytest.approx(
-        run.prompt.metrics
-    )
+    assert evaluate(backbone, run.prompt, review_task(16, 8), split="dev") == pytest.approx(run.prompt.metrics)
     model = PromptedModel.build(backbone, run.prompt.method)
     batch = case_of("llama", EVERY, True).read(some_batch())
 

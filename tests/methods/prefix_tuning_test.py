@@ -114,16 +114,16 @@ def test_what_is_common_has_the_sum_of_its_gradients() -> None:
 
     def loss(once: list) -> jax.Array:
         """Of one network a layer."""
-        layers = [PrefixTuning(prefix_length=P, hidden=7).inner({**case.moved, "input": own}) for own in once]
-        inner = {name: layers[i][name] for i, name in enumerate(("layers_0", "layers_1"))}
+        states = [prefix_states(own["vectors"], own["w1"], own["b1"]) for own in once]
+        inner = {name: made(case.moved["backbone"][name], states[i]) for i, name in enumerate(("layers_0", "layers_1"))}
         plain = make_case(case.backbone, PrefixTuning(prefix_length=P))
-        logits = plain.model.target_logits({"backbone": made(inner)}, plain.frozen, some_batch())
+        logits = plain.model.target_logits({"backbone": inner}, plain.frozen, some_batch())
         return jnp.sum(jax.nn.log_softmax(logits)[..., 4])
 
-    def made(tree: dict) -> dict:
+    def made(tree: dict, states: jax.Array) -> dict:
         if "w2" not in tree:
-            return {name: made(node) for name, node in tree.items()}
-        return dict(zip(("keys", "values"), made_prefix(tree["states"], tree["w2"], tree["b2"]), strict=True))
+            return {name: made(node, states) for name, node in tree.items()}
+        return dict(zip(("keys", "values"), made_prefix(states, tree["w2"], tree["b2"]), strict=True))
 
     apart = jax.jit(jax.grad(loss))([case.moved["input"]] * 2)
     wanted = jax.tree.map(jnp.add, *apart)

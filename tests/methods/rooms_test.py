@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deptjax.methods import ACCEPT, DPT, ADePT, Method
+from deptjax.methods import ACCEPT, DPT, ADePT, LoPA, Method
 from deptjax.methods.base import Texts, input_parameters
 from deptjax.methods.room import move_in, room_for
 
@@ -38,3 +38,8 @@ def test_two_sizes_share_a_room(kind: str) -> None:
         np.testing.assert_allclose(got[0][-length:], wanted[0], rtol=0, atol=1e-5)
         np.testing.assert_allclose(got[1], wanted[1], rtol=0, atol=1e-5)
         assert not np.any(got[0][:-length])
+
+
+def test_what_only_training_reads_keeps_nothing_apart() -> None:
+    methods = [LoPA(encoder="reader", encoder_width=24, encoding_dropout=rate) for rate in (0.1, 0.5)]
+    assert room_for(methods).prompt_length == 10
