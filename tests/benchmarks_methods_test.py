@@ -8,6 +8,9 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.command import load
+from deptjax.methods.base import method_from_config, method_to_config
+from deptjax.models.sizes import SIZES
+from deptjax.planning.budget import trained_parameters
 from tests.benchmarks_process import run_benchmark, table_in
 from tests.cli.conftest import write_rows
 from tests.cli.folders import save_llama
@@ -26,6 +29,38 @@ TrainConfig.max_length = 24
 PromptTuning.prompt_length = 3
 LoRA.rank = 2
 """
+
+
+# The size of each method that the suite's file leaves to the budget, and the step in which it can grow.
+FREE = {
+    "dept": ("rank", 1),
+    "prompt_tuning": ("prompt_length", 1),
+    "lopa": ("hidden", 1),
+    "adept": ("rank", 1),
+    "accept": ("offset_codewords", 1),
+    "idpg": ("hidden", 16),  # PHM's factors
+    "dpt": ("rank", 1),
+    "residual_prompt_tuning": ("bottleneck", 1),
+    "p_tuning": ("hidden", 1),
+    "mpt": ("prompt_length", 1),
+    "prefix_tuning": ("prefix_length", 1),
+    "deep_prompt_tuning": ("prompt_length", 1),
+    "lora": ("rank", 1),
+}
+
+
+def test_sizes_are_the_largest_within_the_budget() -> None:
+    recipes = methods.suite_of(methods.parse([]), None).plan("unused").recipes
+    budget, config, seen = 100 * 576, SIZES["smollm2-135m"], set()
+    for method in (recipe.method for recipe in recipes if recipe.task.name == "trec6"):
+        if method.encoder_choice() is not None:
+            method = method.with_encoding_width(384)  # MiniLM's
+        name, step = FREE[method.kind]
+        fields = method_to_config(method)
+        larger = method_from_config({**fields, name: fields[name] + step})
+        assert trained_parameters(config, method) <= budget < trained_parameters(config, larger), method.kind
+        seen.add(method.kind)
+    assert seen == set(FREE)
 
 
 @pytest.fixture(scope="module")
