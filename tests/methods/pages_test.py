@@ -50,6 +50,19 @@ def test_the_page_of_a_way_to_start_has_the_same_parts_and_a_command_that_is_tak
     assert {"start-from", "few-shot"} <= {name.rpartition(".")[2].replace("_", "-") for name in options}
 
 
+def test_published_scores_are_the_same_on_all_pages() -> None:
+    """Of what stands in several tables: a method, its parameters, and scores."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for page in PAGES:
+        published = page.read_text(encoding="utf-8").partition("## Published")[2].partition("\n## ")[0]
+        for method, parameters, scores in re.findall(
+            r"^\| ([^|]+) \| ([\d.]+[KM]) \| (.+) \|$", published, re.MULTILINE
+        ):
+            found.setdefault((method, parameters), set()).add(scores)
+    assert found["LoRA", "3.8M"] == {"85.3 | 76.5"}
+    assert {key: scores for key, scores in found.items() if len(scores) > 1} == {}
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_a_config_names_its_method(config: pathlib.Path) -> None:
     text, kind = config.read_text(encoding="utf-8"), config.stem
