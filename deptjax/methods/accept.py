@@ -38,8 +38,8 @@ def mixed_codewords(weights: Float[Array, "*M K R"], codebook: Float[Array, "K R
     >>> mixed_codewords(jnp.ones((5, 3, 2)), jnp.ones((3, 2, 4))).shape
     (5, 12)
     """
-    parts = jnp.einsum("...kr,krt->...kt", weights, codebook)
-    return parts.reshape(*parts.shape[:-2], -1)
+    *rows, count, part = (parts := jnp.einsum("...kr,krt->...kt", weights, codebook)).shape
+    return parts.reshape(*rows, count * part)  # of a text without tokens, -1 would say nothing
 
 
 def divisors(width: int) -> list[int]:

@@ -149,3 +149,11 @@ def test_groups_and_their_rates() -> None:
     assert ACCEPT().learning_rates(0.3) == {"prompt": 0.3, "low_rank": 5e-3}
     assert ACCEPT().source_limit() == 256
     assert ACCEPT().positions_in_front() == 60
+
+
+def test_a_text_without_tokens_has_the_prompt_alone() -> None:
+    """So a prompt is computed ahead of all texts."""
+    method, embeds = ACCEPT(prompt_length=3, prompt_part=4, offset_part=8), jnp.zeros((1, 0, 24))
+    params = input_parameters(method, jax.random.key(0), 24)
+    prompt, same = method.apply({"params": params}, embeds, Texts.whole(embeds), method="streams")
+    assert (prompt.shape, same.shape) == ((3, 24), (1, 0, 24))
