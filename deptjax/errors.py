@@ -14,7 +14,7 @@ class UserError(ValueError):
     """What came, what was expected, and which field, file or flag to change. One line."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` for the known name closest to `name`, or an empty string.
 
     >>> nearest("prompt_lenght", ["prompt_length", "rank"])
@@ -25,5 +25,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     ''
     """
     by_lower = {word.lower(): word for word in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     return f" Did you mean '{by_lower[close[0]]}'?" if close else ""

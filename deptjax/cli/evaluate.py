@@ -35,7 +35,7 @@ def _evaluate(words: list[str]) -> int:
     from deptjax.distributed import first_host
     from deptjax.errors import UserError
     from deptjax.inference.predictor import evaluate
-    from deptjax.inference.text_encoder import load_encoder
+    from deptjax.inference.text_encoder import load_given_encoder
     from deptjax.prompt import Prompt
 
     parser = flags.Parser(
@@ -83,7 +83,7 @@ def _evaluate(words: list[str]) -> int:
     prompt = dataclasses.replace(prompt, task=task.to_config())  # another template or other labels, where given
     backbone = backbone_of(prompt, options["prompt"], given)
     batch_size = flags.whole(options, "batch-size", 32)
-    encoder = load_encoder(options["encoder"], "--encoder") if "encoder" in options else None
+    encoder = load_given_encoder(options["encoder"], [prompt]) if "encoder" in options else None
     total = len(getattr(data, split))
     with tqdm(
         total=total, unit=" rows", desc="evaluating", disable=None if first_host() else True, dynamic_ncols=True

@@ -73,11 +73,11 @@ def _export(words: list[str]) -> int:
     prompt = Prompt.load(place)
     if format == EMBEDS:
         from deptjax.cli.embeds import texts_of, write_embeddings
-        from deptjax.inference.text_encoder import load_encoder
+        from deptjax.inference.text_encoder import load_given_encoder
 
         rows = texts_of(options, prompt)
         backbone = backbone_of(prompt, place, flags.given_by_flags(options, parser))
-        encoder = load_encoder(options["encoder"], "--encoder") if "encoder" in options else None
+        encoder = load_given_encoder(options["encoder"], [prompt]) if "encoder" in options else None
         write_embeddings(backbone, prompt, rows, options.get("output"), "overwrite" in options, encoder)
         return 0
     backbone = backbone_of(prompt, place, flags.given_by_flags(options, parser))

@@ -19,6 +19,8 @@ With --budget, one size of each method (behind `at`) is the largest at which it 
 """
 DEFAULT_MODEL = "t5-base"
 LEFT = 24  # columns of the names
+SPOT = """SPoT is no method of its own: a run of any of them starts from another task's prompt with --start-from DIR.
+Vu et al., SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer, ACL 2022, arXiv 2110.07904"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,7 @@ def _methods(words: list[str]) -> int:
     if "json" in options:
         print(json.dumps({"model": name, "width": config.width, "budget": budget, "methods": found}, indent=2))
     else:
-        print("\n".join([_head(name, config, budget), *(_shown(one) for one in found)]))
+        print("\n".join([_head(name, config, budget), *(_shown(one) for one in found), SPOT]))
     return 0
 
 

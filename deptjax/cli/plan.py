@@ -140,6 +140,8 @@ def model_config(told: str) -> tuple[str, Any]:
     folder = pathlib.Path(told).expanduser()
     if folder.is_dir():
         return folder.resolve().name, read_config(folder)
+    if name.startswith("packaged:"):
+        raise UserError(f"--model '{told}': of a packaged model, name its published size.{nearest(name[9:], SIZES)}")
     raise UserError(
         f"--model '{told}' is neither a known size ({', '.join(SIZES)}) nor a folder with config.json."
         f"{nearest(name, SIZES)}"

@@ -89,7 +89,7 @@ def _predict(words: list[str]) -> int:
     from deptjax.cli.prompts import Prompts
     from deptjax.cli.settings import make_decoding
     from deptjax.inference.predictor import Predictor
-    from deptjax.inference.text_encoder import load_encoder
+    from deptjax.inference.text_encoder import load_given_encoder
 
     parser = _parser()
     options, bindings = parser.parse(words)
@@ -111,7 +111,7 @@ def _predict(words: list[str]) -> int:
         if done and done != total:
             told = f"deptjax: resuming at row {done + 1:,} of {total:,}, behind the answers in {options['output']}.part"
             print(told, file=sys.stderr)
-        encoder = load_encoder(options["encoder"], "--encoder") if "encoder" in options else None
+        encoder = load_given_encoder(options["encoder"], prompts.by_name.values()) if "encoder" in options else None
         predictor = Predictor(prompts.backbone(given), prompts.by_name, batch_size, decoding, encoder=encoder)
         _answer(rows, predictor, output, chunk, done, total)
         output.finish()

@@ -9,21 +9,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from deptjax.data.buckets import power_of_two
 from deptjax.data.pipeline import pad
 from deptjax.errors import UserError
 from deptjax.methods.base import ENCODER, POOLINGS, EncoderChoice, Method
 from deptjax.methods.encoded import ITSELF
-from deptjax.models.backbone import Backbone
+from deptjax.models.backbone import Backbone, digest_of, rounded_bytes
 from deptjax.models.encoder import Encoding
 from deptjax.models.layout import with_layout
 from deptjax.prompt import Prompt
@@ -114,7 +116,7 @@ class TextEncoder:
         if ENCODER in prompt.trainable and not self.choice.trainable:
             raise UserError(f"{where} was tuned together with its encoder; start from it with encoder_trainable")
         try:
-            _check_same(self.backbone, prompt.encoder)
+            self.check_is(prompt.encoder)
             return self.laid_out(prompt)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -127,14 +129,55 @@ class TextEncoder:
         tuned = prompt.trainable.get(ENCODER)
         if tuned is None:
             return prompt
-        weights = with_layout(tuned, self.backbone.config.scan_layers)
-        if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, self.backbone.params):
+        given = traverse_util.flatten_dict(with_layout(tuned, self.backbone.config.scan_layers))
+        wanted = self.encoding.parameters(self.backbone.params)
+        weights = {path: given[path] for path in traverse_util.flatten_dict(wanted) if path in given}
+        weights = traverse_util.unflatten_dict(weights)
+        if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, wanted):
             raise UserError(f"its tuned encoder's weights are not those of '{self.backbone.name}'")
         return dataclasses.replace(prompt, trainable={**prompt.trainable, ENCODER: weights})
 
     def card(self) -> dict[str, Any]:
-        """Returns what a saved prompt says of its encoder: the name, and the fingerprint of its weights."""
-        return {"name": self.choice.name, "fingerprint": self.backbone.fingerprint}
+        """Returns what a saved prompt says of its encoder.
+
+        The name, the fingerprint, and of one that is not the backbone digests of its vocabulary and, unless the prompt
+        has weights of its own for it, of all weights that make the vectors.
+        """
+        card = {"name": self.choice.name, "fingerprint": self.backbone.fingerprint}
+        if self.choice.name == ITSELF:
+            return card
+        card["vocabulary"] = self._vocabulary
+        return card if self.choice.trainable or self._weights is None else {**card, "weights": self._weights}
+
+    def check_is(self, card: dict[str, Any] | None) -> None:
+        """Raises `UserError` naming a field in which this encoder differs from what a prompt says of its own."""
+        if card is None:
+            return
+        wanted, actual = dict(card.get("fingerprint", {})), dict(self.backbone.fingerprint)
+        if "vocabulary" in card:
+            wanted["vocabulary"], actual["vocabulary"] = card["vocabulary"], self._vocabulary
+        if "weights" in card and self._weights is not None:
+            wanted["weights"], actual["weights"] = card["weights"], self._weights
+        for field in {**wanted, **actual}:
+            if wanted.get(field) != actual.get(field):
+                raise UserError(
+                    f"it was tuned with encoder '{card.get('name')}', and '{self.backbone.name}' is another: {field} is"
+                    f" {actual.get(field)}, not {wanted.get(field)}"
+                )
+
+    @functools.cached_property
+    def _vocabulary(self) -> str:
+        """The digest of the tokens and their ids."""
+        return digest_of([json.dumps(sorted(self.backbone.tokenizer.get_vocab().items())).encode()])
+
+    @functools.cached_property
+    def _weights(self) -> str | None:
+        """The digest of the weights that make the vectors, whatever their layout; `None` of quantised ones."""
+        if self.backbone.config.quantize is not None:
+            return None
+        apart = with_layout(self.encoding.parameters(self.backbone.params), scan_layers=False)
+        leaves = sorted(("/".join(path), leaf) for path, leaf in traverse_util.flatten_dict(apart).items())
+        return digest_of(part for path, leaf in leaves for part in (path.encode(), rounded_bytes(np.asarray(leaf))))
 
     def of_batch(self, batch: dict[str, Any], weights: Tree | None = None) -> dict[str, Any]:
         """Returns a batch with the vectors of its texts, `encoding`, in place of the tokens they are made of."""
@@ -207,6 +250,10 @@ def _pooled(choice: EncoderChoice, encoder: Backbone) -> EncoderChoice:
 
 
 def _loaded(method: Method, choice: EncoderChoice, backbone: Backbone, given: Backbone | None) -> Backbone:
+    if not (given is None or isinstance(given, Backbone)):
+        raise UserError(
+            f"encoder is a {type(given).__name__}; give a Backbone, from load_backbone, or name it in the method"
+        )
     if given is None and choice.name == ITSELF and jax.process_count() > 1:
         raise UserError(
             f"{method.kind}: encoder 'backbone' is not for several hosts, each of which encodes texts of its own; name "
@@ -229,7 +276,7 @@ class SavedEncoders:
 
     def __init__(self, backbone: Backbone, given: Backbone | None = None) -> None:
         self._backbone, self._given = backbone, given
-        self._loaded: dict[EncoderChoice, TextEncoder] = {}
+        self._loaded: dict[tuple[EncoderChoice, bool], TextEncoder] = {}
 
     def of(self, prompt: Prompt) -> TextEncoder | None:
         """Returns the encoder of a prompt, or `None` for a method without one.
@@ -242,10 +289,7 @@ class SavedEncoders:
         tuned, frozen = prompt.trainable.get(ENCODER), choice._replace(trainable=False)
         if choice.trainable and tuned is None:
             raise UserError("its method has encoder_trainable, and the encoder's weights are not among its tensors")
-        if frozen not in self._loaded:
-            self._loaded[frozen] = self._opened(prompt, frozen)
-        encoder = self._loaded[frozen]
-        _check_same(encoder.backbone, prompt.encoder)
+        encoder = self._opened(prompt, frozen)
         if tuned is None:
             return encoder
         weights = encoder.laid_out(prompt).trainable[ENCODER]
@@ -253,23 +297,30 @@ class SavedEncoders:
         return TextEncoder(own, frozen)
 
     def _opened(self, prompt: Prompt, choice: EncoderChoice) -> TextEncoder:
-        given = None if choice.name == ITSELF else self._given
+        """Returns the encoder that was given if it is the prompt's, else the one that the prompt names."""
+        if choice.name == ITSELF or self._given is None:
+            return self._opened_as(prompt, choice, None)
         try:
-            return TextEncoder(_loaded(prompt.method, choice, self._backbone, given), choice)
+            return self._opened_as(prompt, choice, self._given)
+        except UserError as error:
+            refused = error
+        try:  # of several prompts' encoders one may have moved, and that one alone was given
+            named = self._opened_as(prompt, choice, None)
+        except UserError:
+            raise refused from None
+        logger.warning("encoder '%s' is read from there, for the one that was given is another", choice.name)
+        return named
+
+    def _opened_as(self, prompt: Prompt, choice: EncoderChoice, given: Backbone | None) -> TextEncoder:
+        key = (choice, given is not None)
+        try:
+            if key not in self._loaded:
+                self._loaded[key] = TextEncoder(_loaded(prompt.method, choice, self._backbone, given), choice)
+            self._loaded[key].check_is(prompt.encoder)
         except UserError as error:
             remedy = "give the encoder that it was tuned with as encoder= or --encoder"
             raise UserError(f"{error}; the prompt cannot be used without it: {remedy}") from None
-
-
-def _check_same(encoder: Backbone, card: dict[str, Any] | None) -> None:
-    """Raises `UserError` naming a field in which an encoder differs from what a prompt says of its own."""
-    if card is None:
-        return
-    wanted, actual = card.get("fingerprint", {}), encoder.fingerprint
-    for field in {**wanted, **actual}:
-        if wanted.get(field) != actual.get(field):
-            told = f"{field} is {actual.get(field)}, not {wanted.get(field)}"
-            raise UserError(f"it was tuned with encoder '{card.get('name')}', and '{encoder.name}' is another: {told}")
+        return self._loaded[key]
 
 
 def load_encoder(name: str, where: str) -> Backbone:
@@ -280,3 +331,14 @@ def load_encoder(name: str, where: str) -> Backbone:
         return load_backbone(name, mesh=Placement.over(jax.local_devices()[:1]))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def load_given_encoder(place: str, prompts: Iterable[Prompt]) -> Backbone:
+    """Returns the encoder that a command was given for saved prompts.
+
+    Raises `UserError` for one that cannot be loaded, and where no prompt has an encoder of its own.
+    """
+    choices = [prompt.method.encoder_choice() for prompt in prompts]
+    if all(choice is None or choice.name == ITSELF for choice in choices):
+        raise UserError(f"--encoder {place}: no prompt here was tuned with an encoder of its own; leave it out")
+    return load_encoder(place, "--encoder")

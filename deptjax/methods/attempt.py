@@ -16,6 +16,7 @@ Parameters: M D + 2 D G + 2 D trained, and S M D that are kept beside them, G be
 from __future__ import annotations
 
 import math
+import os
 
 import flax.linen as nn
 import jax
@@ -55,7 +56,8 @@ class ATTEMPT(InputMethod):
 
     Attributes:
       prompt_length: M, vectors of each prompt; that of the source prompts.
-      sources: folders of the source prompts, separated by commas; a saved prompt of this method has them in itself.
+      sources: folders of the source prompts, a list of them or one text with commas; a saved prompt of this method has
+        them in itself.
       bottleneck: G, the hidden width of the network that makes the query.
       temperature: tau; `None` takes D e.
       prompt_init: start from text, vocab (sampled), labels, random numbers (random), or a saved prompt's folder.
@@ -85,6 +87,10 @@ class ATTEMPT(InputMethod):
         self.check_positive("prompt_length", "bottleneck")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"{self.kind}: temperature is {self.temperature}; it must be above 0, and finite")
+        if isinstance(self.sources, (list, tuple)):
+            self.sources = ",".join(os.fspath(place) for place in self.sources)
+        if not isinstance(self.sources, str):
+            raise UserError(f"{self.kind}: sources is a {type(self.sources).__name__}; name folders, a,b,c")
         if not self.places:
             raise UserError(f"{self.kind}: sources is empty; name the folders of prompts of other tasks, a,b,c")
         super().__post_init__()
@@ -120,9 +126,10 @@ class ATTEMPT(InputMethod):
         loaded = [self._source(place, vocabulary) for place in self.places]
         return {**super().initialize(key, params, vocabulary), "sources": jnp.stack(loaded)}
 
+    @nn.nowrap
     def _source(self, place: str, vocabulary: Vocabulary) -> Array:
         try:
-            prompt = initializers.saved_prompt(place, vocabulary.embedding.shape[1], alone=True)
+            prompt = initializers.saved_prompt(place, vocabulary, alone=True)
         except UserError as error:
             raise UserError(f"{self.kind}: sources: {error}") from None
         if len(prompt) != self.prompt_length:

@@ -24,6 +24,7 @@ reads it, so behind the norm that comes first. It is `None` where rows share the
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -149,6 +150,7 @@ class Vocabulary(NamedTuple):
     embedding: Array
     tokenizer: Any
     labels: tuple[str, ...] = ()
+    check_prompt: Callable[[Any, str], None] | None = None  # of a saved `Prompt`: whether it is of this backbone
 
 
 def input_parameters(method: Method, key: Key, width: int) -> Tree:
@@ -221,10 +223,15 @@ class Method:
         return getattr(self, name)
 
     def check_positive(self, *names: str) -> None:
-        """Raises `UserError` for one of these fields that is given and below 1."""
+        """Raises `UserError` for one of these fields that is no whole number of at least 1, nor left open."""
+        types = {field.name: str(field.type) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         for name in names:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and "None" in types[name]:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise UserError(f"{self.kind}: {name} is {value!r}; it must be a whole number")
+            if value < 1:
                 raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
 
     def check_sizes(self) -> None:

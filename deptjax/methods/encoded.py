@@ -45,6 +45,11 @@ class EncodedMethod(InputMethod):
     encoder_width: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.encoder, str):
+            raise UserError(
+                f"{self.kind}: encoder is a {type(self.encoder).__name__}; name a model, as load_backbone takes it, and"
+                " give one that is loaded as encoder= of what runs the method"
+            )
         pooling = self.encoder_pooling
         if pooling is not None and pooling not in POOLINGS:
             told = nearest(pooling, POOLINGS)
@@ -55,8 +60,9 @@ class EncodedMethod(InputMethod):
     def check_share(self, *names: str) -> None:
         """Raises `UserError` for one of these fields that is not from 0 up to, not including, 1."""
         for name in names:
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{self.kind}: {name} is {getattr(self, name)}; it must be from 0 to below 1")
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise UserError(f"{self.kind}: {name} is {value!r}; it must be from 0 to below 1")
 
     def resolve(self, width: int) -> EncodedMethod:
         return self.clone(encoder_width=width) if self.encoder_width is None and self.encoder == ITSELF else self

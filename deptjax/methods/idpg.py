@@ -94,10 +94,9 @@ class Generator:
             return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(0.02), name=name)
         for what, size in (("the encoder's width", inputs), ("the number of outputs", features)):
             if size % self.factors:
-                raise UserError(
-                    f"idpg: factors {self.factors} does not divide {what} of '{name}', {size}; take "
-                    f"{', '.join(str(n) for n in range(2, 33) if inputs % n == 0 and features % n == 0) or 'dense'}"
-                )
+                fit = [str(n) for n in range(2, 33) if inputs % n == 0 and features % n == 0]
+                remedy = f"take factors {', '.join(fit)}, or generator 'dense'" if fit else "take generator 'dense'"
+                raise UserError(f"idpg: factors {self.factors} does not divide {what} of '{name}', {size}; {remedy}")
         return PHM(features, self.factors, name=name)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import Vocabulary
@@ -20,7 +21,7 @@ from deptjax.typing import Array, Float, Key
 KINDS = ("text", "vocab", "labels", "random", "normal")
 # The authors' sentence reads "Classify this text is postive or not:"; this is what it means.
 DEFAULT_TEXT = "Classify this text as positive or not:"
-_TENSORS = "prompt.safetensors"
+PROMPT = ("input", "prompt")  # where a saved prompt has its soft prompt
 VOCAB_ROWS = 5000  # sampled from the most common pieces, which come first in SentencePiece and BPE vocabularies
 
 
@@ -111,35 +112,34 @@ def _sampled(key: Key, length: int, vocabulary: Vocabulary) -> Array:
 
 
 def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
-    if not (pathlib.Path(start) / _TENSORS).exists():
+    if not pathlib.Path(start).is_dir():
         raise UserError(
             f"prompt_init '{start}' is neither one of {', '.join(KINDS)} nor a saved prompt folder."
             f"{nearest(start, KINDS)}"
         )
-    saved = saved_prompt(start, vocabulary.embedding.shape[1])
+    saved = saved_prompt(start, vocabulary)
     return jnp.resize(saved, (length, saved.shape[1])) if len(saved) < length else saved[:length]
 
 
-def saved_prompt(folder: str, width: int, alone: bool = False) -> Array:
+def saved_prompt(folder: str, vocabulary: Vocabulary, alone: bool = False) -> Array:
     """Returns the soft prompt (M, D) float32 in the folder of a saved prompt; `alone`: of one that is nothing else.
 
-    Raises `UserError` for a folder without one, a damaged file, and a prompt whose width is not `width`.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    Of a prompt that is made of several parts (an MPT's of several tasks) it is the one that these make.
 
-    path = pathlib.Path(folder) / _TENSORS
-    if not path.exists():
-        raise UserError(f"'{folder}' is not the folder of a saved prompt: it has no {_TENSORS}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    saved, more = tensors.get("input/prompt"), sorted(set(tensors) - {"input/prompt"})
+    Raises `UserError` for a folder without one, a damaged file, and a prompt of another backbone.
+    """
+    from deptjax.prompt import Prompt  # which knows methods
+
+    prompt = Prompt.load(folder)
+    more = sorted("/".join(path) for path in traverse_util.flatten_dict(prompt.trainable) if path != PROMPT)
     if alone and more:
-        raise UserError(f"{path} holds '{more[0]}' beside the soft prompt; choose a prompt of prompt_tuning")
+        raise UserError(f"{folder} holds '{more[0]}' beside the soft prompt; choose a prompt of prompt_tuning")
+    saved = traverse_util.flatten_dict(prompt.method.fold(prompt.trainable)[1]).get(PROMPT)
     if saved is None:
-        raise UserError(f"{path} holds no soft prompt (tensor 'input/prompt'); choose a prompt of a prompt method")
+        raise UserError(f"{folder} holds no soft prompt (tensor 'input/prompt'); choose a prompt of a prompt method")
+    width = vocabulary.embedding.shape[1]
     if saved.shape[1] != width:
-        raise UserError(f"{path} has width {saved.shape[1]}, the backbone {width}; choose a prompt of this backbone")
+        raise UserError(f"{folder} has width {saved.shape[1]}, the backbone {width}; choose a prompt of this backbone")
+    if vocabulary.check_prompt is not None:
+        vocabulary.check_prompt(prompt, folder)
     return jnp.asarray(saved, jnp.float32)

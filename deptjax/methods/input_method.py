@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -16,6 +18,12 @@ class InputMethod(Method, nn.Module):
     What is here fits a method with a prompt of `prompt_length` vectors, whose parameters have names that begin with
     `prompt`, and which starts as `prompt_init` and `prompt_text` say.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Linen would take a saved prompt's method, which is made while parameters start, for a part of this module.
+        if "initialize" in cls.__dict__:
+            nn.nowrap(cls.__dict__["initialize"])
+        super().__init_subclass__(**kwargs)
 
     def __post_init__(self) -> None:
         self.check_sizes()
@@ -44,6 +52,7 @@ class InputMethod(Method, nn.Module):
         ones = jnp.ones(prompt.shape[:2], mask.dtype)
         return jnp.concatenate([prompt, embeds], axis=1), jnp.concatenate([ones, mask], axis=1)
 
+    @nn.nowrap
     def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
         length = params["prompt"].shape[0]
         start = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, length, vocabulary)

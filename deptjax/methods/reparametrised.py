@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ class ReparametrisedPrompt(InputMethod):
       prompt_text: the text that they start from, with `prompt_init="text"`.
     """
 
+    more_sizes: ClassVar[tuple[str, ...]] = ("prompt_length",)
     free = ("prompt_init", "prompt_text")
 
     prompt_length: int = 20

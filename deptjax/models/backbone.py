@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -61,7 +61,9 @@ class Backbone:
 
     def vocabulary(self, labels: tuple[str, ...] = ()) -> Vocabulary:
         """Returns what an initialiser may look at: the table, the tokenizer and the task's labels."""
-        return Vocabulary(self.embedding, self.tokenizer, labels)
+        return Vocabulary(
+            self.embedding, self.tokenizer, labels, lambda prompt, where: prompt.check_backbone(self, where)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -86,11 +88,8 @@ class Backbone:
         embedding table rounded to bfloat16: so a float32 and a bfloat16 load of the same weights have the same
         fingerprint.
         """
-        digest = hashlib.sha256()
-        for rows in self._embedding_rows():
-            digest.update(np.ascontiguousarray(rows.astype(ml_dtypes.bfloat16)).view(np.uint8).data)
         fields = {"family": self.config.family, **_flatten(dataclasses.asdict(self.config))}
-        return {**fields, "embedding": digest.hexdigest()[:16]}
+        return {**fields, "embedding": digest_of(map(rounded_bytes, self._embedding_rows()))}
 
     @functools.cached_property
     def embedding_rms(self) -> float:
@@ -112,6 +111,19 @@ class Backbone:
         """Yields the table a few thousand rows at a time: it is the largest array, and is not to be copied whole."""
         for start in range(0, self.embedding.shape[0], _ROWS):
             yield to_host(self.embedding[start : start + _ROWS])
+
+
+def digest_of(parts: Iterable[bytes | memoryview]) -> str:
+    """Returns the first 16 hex digits of the SHA-256 of these bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def rounded_bytes(array: np.ndarray) -> memoryview:
+    """Returns the bytes of an array rounded to bfloat16, so those of a float32 and of a bfloat16 load are the same."""
+    return np.ascontiguousarray(array.astype(ml_dtypes.bfloat16)).view(np.uint8).data
 
 
 def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

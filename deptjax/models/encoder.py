@@ -10,7 +10,10 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax import traverse_util
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from deptjax.errors import UserError
 from deptjax.methods.base import EncoderChoice
@@ -41,6 +44,19 @@ class Encoding:
                 "first, mean or last"
             )
         return cls(config.make(), pooling, bool(choice.normalize))
+
+    def parameters(self, params: Tree) -> Tree:
+        """Returns what of an encoder's parameters makes the vectors: no decoder, no head, no pooler that is not read.
+
+        The leaves are those of `params`, arrays or `ShapeDtypeStruct`.
+        """
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        traced = jax.make_jaxpr(lambda own: self(own, tokens, mask))(shapes)
+        _, used = dce_jaxpr(traced.jaxpr, [True])
+        read = traverse_util.flatten_dict(jax.tree.unflatten(jax.tree.structure(shapes), used))
+        leaves = traverse_util.flatten_dict(params)
+        return traverse_util.unflatten_dict({path: leaf for path, leaf in leaves.items() if read[path]})
 
     def __call__(
         self, params: Tree, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], dropout_key: Key | None = None

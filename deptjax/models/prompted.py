@@ -169,7 +169,9 @@ class PromptedModel:
                     f"method '{self.method.kind}': encoder_trainable tunes every weight of the encoder, which quantised"
                     " ones are not for; leave out quantize (--quantize), or name an encoder of its own"
                 )
-            trainable[ENCODER] = jax.tree.map(lambda a: a.astype(jnp.float32), encoder)
+            assert self.encoding is not None
+            read = self.encoding.parameters(encoder)
+            trainable[ENCODER] = jax.tree.map(lambda a: a.astype(jnp.float32), read)
         return trainable, frozen
 
     def shapes(self, width: int) -> Tree:

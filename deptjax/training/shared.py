@@ -11,6 +11,7 @@ What it leaves is P* with the mean of the tasks' u and v, which is where a run o
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -80,8 +81,8 @@ def train_shared(
     placement.check_batch_size(config.batch_size)
     announce(placement, progress)
     chosen = [get_task(task) if isinstance(task, str) else task for task in tasks]
-    if not 0 <= distill < float("inf"):
-        raise UserError(f"distill is {distill}; it must be 0 or more, and finite")
+    if not (isinstance(distill, numbers.Real) and 0 <= distill < float("inf")):
+        raise UserError(f"distill is {distill!r}; it must be 0 or more, and finite")
     prompts = _teachers(backbone, [task.name for task in chosen], teachers)
     method = MPT(prompt_length=len(prompts[0].trainable["input"]["prompt"])) if method is None else method
     for task, prompt in zip(chosen, prompts, strict=True):
@@ -92,6 +93,8 @@ def train_shared(
     first = tunings[0]
 
     start, frozen, step_key = first.start()
+    if not {"prompt", "u", "v"} <= set(start.get("input", {})):
+        raise UserError(f"method is {type(method).__name__}; train_shared tunes an MPT, MPT(prompt_length=100), say")
     trainable = _stacked(start, [prompt.trainable["input"]["prompt"] for prompt in prompts])
     groups = {"input": {**first.model.method.groups(start)["input"], TEACHERS: FIXED}}
     tx = first.optimizer(groups)

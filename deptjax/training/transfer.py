@@ -8,6 +8,7 @@ with the soft prompt and both low-rank factors.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -41,6 +42,9 @@ def started_from(
     Raises:
       UserError: for a part that the run has not, and a parameter that the source has not, or of another shape.
     """
+    if source.method.kind != method.kind:  # of a prompt in parts (MPT's) another method has what they make
+        simpler, folded = source.method.fold(source.trainable)
+        source = dataclasses.replace(source, method=simpler, trainable=folded)
     own = traverse_util.flatten_dict(trainable)
     given = traverse_util.flatten_dict(source.trainable)
     names = dict.fromkeys(path[-1] for path in own)

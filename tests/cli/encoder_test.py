@@ -23,5 +23,9 @@ def test_an_encoder_is_named_once_and_may_move(deptjax: Command, asked: list[obj
     assert "--encoder" in error
     again = deptjax("evaluate", "--prompt", workdir / "prompt", "--json", "--encoder", tmp_path / "moved")
     assert json.loads(again.out) == json.loads(scores)
+    bare = deptjax(*asked, "--workdir", tmp_path / "bare")
+    assert bare.status == 0, bare.err
+    unused = deptjax("evaluate", "--prompt", tmp_path / "bare" / "prompt", "--encoder", tmp_path / "moved").error
+    assert unused.endswith("no prompt here was tuned with an encoder of its own; leave it out")
     gone = deptjax("evaluate", "--prompt", workdir / "prompt", "--encoder", tmp_path / "gone").error
     assert gone.startswith(f"--encoder: '{tmp_path / 'gone'}': there is no such file or folder")

@@ -78,9 +78,12 @@ def test_a_run_its_prompt_and_its_answers(tmp_path: pathlib.Path, family: str, t
     assert saved.encoder == {"name": "backbone", "fingerprint": backbone.fingerprint}
     width = backbone.width
     own = 3 * width + 2 * (width * 8 + 8) + 9 * 3 * 2 + 9 * width * 2
-    weights = sum(leaf.size for leaf in jax.tree.leaves(backbone.params))
+    read = {name: tree for name, tree in backbone.params.items() if name not in ("decoder", "logits_dense")}
+    weights = sum(leaf.size for leaf in jax.tree.leaves(read))
     assert run.trainable_parameters == own + trained * weights
     assert ("encoder" in saved.trainable) == trained
+    if trained:
+        assert jax.tree.map(np.shape, saved.trainable["encoder"]) == jax.tree.map(np.shape, read)
     assert evaluate(backbone, saved, review_task(), split="dev") == pytest.approx(saved.metrics)
 
     other = dataclasses.replace(saved, trainable=jax.tree.map(lambda a: a + 0.05, saved.trainable))
@@ -146,6 +149,50 @@ def test_an_encoder_of_its_own_has_its_own_tokens(tmp_path: pathlib.Path) -> Non
         Predictor(backbone_of("llama"), saved, encoder=wrong)
     with pytest.raises(UserError, match="encoder_width is 23, and encoder 'tiny-llama' has 32"):
         Predictor(backbone_of("llama"), saved, encoder=tiny_llama(width=32))
+    with pytest.raises(UserError, match="encoder is a str; give a Backbone, from load_backbone"):
+        Predictor(backbone_of("llama"), saved, encoder=str(tmp_path / "moved"))  # type: ignore[arg-type]
+
+    # What the embedding table does not tell: a layer that has been tuned, and other ids of the same tokens.
+    layer = jax.tree.map(lambda a: a * 1.01, reader.params["encoder"]["layers_0"])
+    tuned = {**reader.params, "encoder": {**reader.params["encoder"], "layers_0": layer}}
+    with pytest.raises(UserError, match=r"is another: weights is .*, not "):
+        Predictor(backbone_of("llama"), saved, encoder=dataclasses.replace(reader, params=tuned))
+    unread = {"decoder": jax.tree.map(lambda a: a * 2, reader.params["decoder"])}
+    Predictor(backbone_of("llama"), saved, encoder=dataclasses.replace(reader, params={**reader.params, **unread}))
+    swapped = dataclasses.replace(reader, tokenizer=OtherIds(reader.tokenizer))
+    with pytest.raises(UserError, match=r"is another: vocabulary is .*, not "):
+        Predictor(backbone_of("llama"), saved, encoder=swapped)
+
+
+def test_one_of_two_encoders_may_have_moved(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The one that is given is for the prompt that was tuned with it; the other prompt's is where it was."""
+    readers = {"stays": tiny_t5(), "moves": tiny_t5(seed=1)}
+    prompts = {}
+    for name, reader in readers.items():
+        save_hf_folder(reader, tmp_path / name)
+        method = LoPA(prompt_length=2, rank=1, hidden=4, encoder=str(tmp_path / name), encoder_normalize=False)
+        train(backbone_of("llama"), method, review_task(), tmp_path / f"run-{name}", **SMALL)
+        prompts[name] = tmp_path / f"run-{name}" / "prompt"
+    wanted = Predictor(backbone_of("llama"), prompts)(TEXTS, ["stays", "moves"] * 3)
+    (tmp_path / "moves").rename(tmp_path / "moved")
+    with caplog.at_level("WARNING"):
+        found = Predictor(backbone_of("llama"), prompts, encoder=readers["moves"])(TEXTS, ["stays", "moves"] * 3)
+    assert [a.scores for a in found] == [pytest.approx(a.scores, abs=1e-6) for a in wanted]
+    assert "is read from there, for the one that was given is another" in caplog.text
+
+
+class OtherIds:
+    """A tokenizer that says it has other ids."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def get_vocab(self) -> dict[str, int]:
+        first, second, *rest = self._own.get_vocab().items()
+        return dict([(first[0], second[1]), (second[0], first[1]), *rest])
 
 
 def test_an_encoder_that_is_given_is_the_one_that_the_prompt_names(tmp_path: pathlib.Path) -> None:

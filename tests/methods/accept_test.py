@@ -10,7 +10,7 @@ import pytest
 from deptjax.errors import UserError
 from deptjax.methods import ACCEPT, PromptTuning, mixed_codewords
 from deptjax.methods.accept import check_part
-from deptjax.methods.base import input_parameters
+from deptjax.methods.base import Texts, input_parameters
 from deptjax.training.state import count_parameters
 from tests.cases import backbone_of, make_case
 

@@ -100,6 +100,9 @@ def test_mpt_starts_as_its_prompt_and_is_saved_as_one(tmp_path: pathlib.Path) ->
 def test_mistakes(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="sources is empty; name the folders"):
         ATTEMPT()
+    assert ATTEMPT(sources=["a", pathlib.Path("b")]) == ATTEMPT(sources="a,b")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="attempt: sources is a int; name folders"):
+        ATTEMPT(sources=3)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"temperature is 0.0; it must be above 0"):
         ATTEMPT(sources="a", temperature=0.0)
 
@@ -109,9 +112,7 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert (
-        told("./gone") == "attempt: sources: './gone' is not the folder of a saved prompt: it has no prompt.safetensors"
-    )
+    assert told("./gone") == "attempt: sources: gone is not a saved prompt: it has no prompt.json"
     assert "has 5 vectors, and prompt_length is 4; give it the length" in told(source_prompts(backbone_of("llama")), 4)
     assert "has width 24, the backbone 23; choose a prompt of this backbone" in told(
         source_prompts(backbone_of("llama")), 5, "t5"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -55,6 +56,27 @@ def test_mistakes_name_the_nearest() -> None:
         method_class("detp")
     with pytest.raises(UserError, match=r"method 'dept' has no field 'prompt_lenght'.*Did you mean 'prompt_length'\?"):
         method_from_config({"method": "dept", "prompt_lenght": 3})
+
+
+def sizes() -> list[tuple[str, str]]:
+    """Returns each field of each method that is a whole number."""
+    fields = [(kind, field) for kind in method_names() for field in dataclasses.fields(method_class(kind))]
+    whole = [(kind, field.name) for kind, field in fields if str(field.type) in ("int", "int | None")]
+    return [(kind, name) for kind, name in whole if name != "budget"]  # it decides another size, which is looked at
+
+
+@pytest.mark.parametrize(("kind", "name"), sizes())
+def test_a_size_is_a_whole_number_of_at_least_1(kind: str, name: str) -> None:
+    typical = method_to_config(method_class(kind).typical())
+    for value, told in ((0, "must be at least 1"), (-3, "must be at least 1"), (2.5, "whole"), ("4", "whole")):
+        with pytest.raises(UserError, match=f"^{kind}: {name} is {value!r}; it {told}" if told[0] == "m" else told):
+            method_from_config({**typical, name: value})
+
+
+def test_every_method_of_a_prompt_has_its_length_checked() -> None:
+    assert {kind for kind, name in sizes() if name == "prompt_length"} == {
+        kind for kind in method_names() if "prompt_length" in method_to_config(method_class(kind).typical())
+    }
 
 
 def test_prompt_tuning_is_the_prompt_in_front() -> None:

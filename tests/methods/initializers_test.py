@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from deptjax.errors import UserError
-from deptjax.methods import Vocabulary
+from deptjax.methods import MPT, LoRA, PromptTuning, Vocabulary
 from deptjax.methods.initializers import DEFAULT_TEXT, VOCAB_ROWS, embedding_rms, initial_prompt
+from deptjax.prompt import Prompt
 from deptjax.testing import WORDS, tiny_tokenizer
 
 D = 5
 IDS = {word: 3 + WORDS.index(word) for word in ("film", "good", "bad", "a")}  # behind <pad>, </s> and <unk>
 KEY = jax.random.key(7)
+SHARED = {"prompt": (3, D), "u": (3,), "v": (D,)}
 
 
 def table(rows: int = 3 + len(WORDS), dtype: object = jnp.float32) -> jax.Array:
@@ -80,10 +81,22 @@ def test_random_has_the_scale_of_the_embeddings() -> None:
     assert prompt.mean() == pytest.approx(0, abs=0.03 * scale)
 
 
+def soft_prompt(values: np.ndarray) -> Prompt:
+    return Prompt(PromptTuning(len(values)), {"input": {"prompt": values}}, "tiny", {}, {})
+
+
+def test_of_several_parts_it_is_what_they_make(tmp_path: pathlib.Path) -> None:
+    random = np.random.default_rng(0)
+    parts = {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHARED.items()}
+    Prompt(MPT(3), {"input": parts}, "tiny", {}, {}).save(tmp_path)
+    prompt = initial_prompt(str(tmp_path), "", KEY, 3, vocabulary())
+    np.testing.assert_allclose(prompt, parts["prompt"] * np.outer(parts["u"], parts["v"]), rtol=1e-6)
+
+
 @pytest.mark.parametrize(("saved", "length"), [(3, 7), (7, 3), (4, 4)])
 def test_from_a_saved_prompt_repeated_or_cut(tmp_path: pathlib.Path, saved: int, length: int) -> None:
     values = np.random.default_rng(0).standard_normal((saved, D)).astype(np.float32)
-    save_file({"input/prompt": values}, tmp_path / "prompt.safetensors")
+    soft_prompt(values).save(tmp_path)
     prompt = initial_prompt(str(tmp_path), "", KEY, length, vocabulary())
     np.testing.assert_array_equal(prompt, values[np.arange(length) % saved])
 
@@ -95,12 +108,14 @@ def test_mistakes_say_what_to_do(tmp_path: pathlib.Path) -> None:
         initial_prompt("text", "  ", KEY, 3, vocabulary())
     with pytest.raises(UserError, match="prompt_init 'labels' needs a task with labels"):
         initial_prompt("labels", "", KEY, 3, vocabulary())
-    save_file({"input/prompt": np.zeros((3, D + 2), np.float32)}, tmp_path / "prompt.safetensors")
+    soft_prompt(np.zeros((3, D + 2), np.float32)).save(tmp_path)
     with pytest.raises(UserError, match=f"has width {D + 2}, the backbone {D}"):
         initial_prompt(str(tmp_path), "", KEY, 3, vocabulary())
-    save_file({"backbone/x": np.zeros(3, np.float32)}, tmp_path / "prompt.safetensors")
+    Prompt(LoRA(), {"backbone": {"x": np.zeros(3, np.float32)}}, "tiny", {}, {}).save(tmp_path / "lora")
     with pytest.raises(UserError, match="holds no soft prompt"):
-        initial_prompt(str(tmp_path), "", KEY, 3, vocabulary())
+        initial_prompt(str(tmp_path / "lora"), "", KEY, 3, vocabulary())
+    with pytest.raises(UserError, match=r"is not a saved prompt: it has no prompt.json"):
+        initial_prompt(str(tmp_path.parent), "", KEY, 3, vocabulary())
     (tmp_path / "prompt.safetensors").write_bytes(b"not tensors")
     with pytest.raises(UserError, match="is damaged"):
         initial_prompt(str(tmp_path), "", KEY, 3, vocabulary())

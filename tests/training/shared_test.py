@@ -143,6 +143,11 @@ def test_a_target_task_starts_from_it(shared: Run, tmp_path: pathlib.Path) -> No
     assert run.prompt is not None
     wanted = start["prompt"] * np.outer(start["u"], start["v"])
     np.testing.assert_allclose(run.prompt.trainable["input"]["prompt"], wanted, rtol=1e-5, atol=1e-6)
+    plain, place = PromptTuning(LENGTH), str(shared.workdir / "prompt")  # another method has what the parts make
+    del settings["low_rank_lr"]
+    other = train(backbone_of("llama"), plain, review_task(), tmp_path / "other", start_from=place, **settings)
+    assert other.prompt is not None
+    np.testing.assert_allclose(other.prompt.trainable["input"]["prompt"], wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="is shared by tasks, for runs to start from"):
         Predictor(backbone_of("llama"), shared.workdir / "prompt")
     assert of_task({"input": {"prompt": 1, "u": [2, 3], "v": [4, 5]}}, 1) == {"input": {"prompt": 1, "u": 3, "v": 5}}
@@ -163,3 +168,5 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
         teachers={**TEACHERS, "books": lora}
     )
     assert "distill is -1; it must be 0 or more" in told(distill=-1)
+    assert "distill is 'x'; it must be 0 or more" in told(distill="x")
+    assert "method is PromptTuning; train_shared tunes an MPT" in told(method=PromptTuning(5))
