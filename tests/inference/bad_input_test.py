@@ -249,7 +249,7 @@ def test_a_field_of_the_method_that_does_not_fit(predict: Predictor, folder: pat
     prompt = Prompt.load(folder)
     for fields, part in (
         ({"prompt_length": 10**9}, "expected (1000000000, 24)"),
-        ({"prompt_length": 5.0}, "method 'dept' cannot be made of its fields"),
+        ({"prompt_length": 5.0}, "prompt_length is 5.0; it must be a whole number"),
         ({"rank": [3]}, "dept"),
         ({"scaling": "beta"}, "scaling 'beta' is not known"),
         ({"alpha": "8"}, "method 'dept' cannot be made of its fields"),
