@@ -147,7 +147,7 @@ def test_arrays_that_do_not_fit(tmp_path: Path) -> None:
     refused(saved(method=np.array("{")), "its 'method' is not the JSON of a method")
     refused(saved(method=np.array('{"method": "dep"}')), "unknown method 'dep'; .* Did you mean 'dept'")
     refused(saved(method=np.array('{"method": "dept", "rnk": 1}')), "has no field 'rnk'")
-    refused(saved(method=np.array('{"method": "dept", "rank": "x"}')), "its method cannot be made")
+    refused(saved(method=np.array('{"method": "dept", "rank": "x"}')), "rank is 'x'; it must be a whole number")
     config = '{"method": "prompt_tuning", "prompt_length": 3, "prompt_init": "/dev/null"}'
     refused(saved(method=np.array(config)), "tensor 'input/prompt' is missing, expected")
     refused(
