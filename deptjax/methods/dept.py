@@ -65,6 +65,7 @@ def scaling_factor(scaling: str | float, alpha: float, rank: int) -> float:
 class DePT(InputMethod):
     """Decomposed prompt tuning, as a Linen module of its own: usable in front of any model that takes embeddings.
 
+    >>> import jax
     >>> dept = DePT(prompt_length=4, rank=3, max_length=16)
     >>> embeds, mask = jnp.zeros((2, 9, 8)), jnp.ones((2, 9), bool)
     >>> params = dept.init(jax.random.key(0), embeds, mask)["params"]
