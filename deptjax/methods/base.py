@@ -204,7 +204,11 @@ class Method:
     """Names of parameters whose size along an axis is the prompt's length, and the axis: zeros go in front there."""
 
     free: ClassVar[tuple[str, ...]] = ()
-    """Fields of training alone, or that `scales` accounts for: they may differ between stacked prompts."""
+    """Fields that say how training starts, or that `scales` accounts for: they may differ between stacked prompts."""
+
+    in_training: ClassVar[tuple[str, ...]] = ()
+    """Fields that every step of training reads and nothing later: they may differ between saved prompts that are
+    stacked, and not between members that are trained together."""
 
     derived: ClassVar[tuple[str, ...]] = ()
     """Names, among the parameters of an inner site, of those that are not kept: `inner` puts them there."""

@@ -154,7 +154,7 @@ class IDPG(EncodedMethod):
     formula = "2 n n n + (H F + F M D) / n + F + M D"
     free_size = "prompt_length"
     letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "n": "factors"}
-    free = ("encoding_dropout",)
+    in_training = ("encoding_dropout",)
     derived = ("adds",)
 
     prompt_length: int = 5

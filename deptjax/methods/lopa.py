@@ -94,7 +94,8 @@ class LoPA(EncodedMethod):
     formula = "2 (H F + F) + (F + 1) (M + D) R + M D"
     free_size = "hidden"
     letters = {"H": "encoder_width", "F": "hidden", "M": "prompt_length", "R": "rank"}
-    free = ("encoding_dropout", "prompt_init", "prompt_text")
+    free = ("prompt_init", "prompt_text")
+    in_training = ("encoding_dropout",)
 
     prompt_length: int = 10
     rank: int = 4

@@ -20,7 +20,8 @@ from deptjax.typing import Array, Tree
 
 def kind_of(method: Method) -> tuple[Any, ...]:
     """Returns what methods must have in common to share a room: all but sizes, scales and where training starts."""
-    fixed = [name for name in method_fields(type(method)) if name not in (*method.sizes, *method.free)]
+    loose = (*method.sizes, *method.free, *method.in_training)
+    fixed = [name for name in method_fields(type(method)) if name not in loose]
     return (method.kind, *((name, method.stacked_by(name)) for name in fixed))
 
 

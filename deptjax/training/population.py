@@ -212,9 +212,10 @@ def _tunings(backbone: Backbone, members: Sequence[Member], encoder: Backbone | 
 def _check_alike(first: Tuning, first_member: Member, tuning: Tuning, member: Member) -> None:
     """Raises `UserError` naming what two members must have in common."""
     ours, theirs = first.model.method, tuning.model.method
-    sizes = [name for name in ours.sizes if getattr(ours, name) != getattr(theirs, name)]
-    if sizes:
-        told = f"{sizes[0]} {getattr(theirs, sizes[0])}, not {getattr(ours, sizes[0])}"
+    fields = (*ours.sizes, *ours.in_training)
+    apart = [name for name in fields if getattr(ours, name) != getattr(theirs, name, None)]
+    if apart and type(ours) is type(theirs):
+        told = f"{apart[0]} {getattr(theirs, apart[0])}, not {getattr(ours, apart[0])}"
     elif kind_of(ours) != kind_of(theirs) or ours.scales() != theirs.scales():
         told = "a method that computes something else"
     elif (first.label_tokens is None) != (tuning.label_tokens is None):

@@ -19,7 +19,7 @@ from deptjax.data.sources import MemorySource
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
 from deptjax.inference.predictor import Predictor
-from deptjax.methods import DePT, PromptTuning
+from deptjax.methods import DePT, LoPA, PromptTuning
 from deptjax.prompt import Prompt
 from deptjax.training.members import grid
 from deptjax.training.optim import make_optimizer
@@ -253,6 +253,15 @@ def test_populations_that_cannot_be(
         train_population(
             backbone_of("llama"), METHOD, review_task(), tmp_path / "run", members, **{**SMALL, **settings}
         )
+    assert not (tmp_path / "run").exists()
+
+
+def test_members_drop_out_alike(tmp_path: pathlib.Path) -> None:
+    """One program trains them all, with one rate; saved, they may be stacked whatever it was."""
+    members = [{"encoding_dropout": 0.1}, {"encoding_dropout": 0.5}]
+    lopa = LoPA(prompt_length=2, rank=1, hidden=4)
+    with pytest.raises(UserError, match=r"member .encoding_dropout=0\.5. has encoding_dropout 0\.5, not 0\.1"):
+        train_population(backbone_of("llama"), lopa, review_task(), tmp_path / "run", members, **SMALL)
     assert not (tmp_path / "run").exists()
 
 
