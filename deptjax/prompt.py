@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import uuid
+from collections.abc import Collection
 from importlib import metadata
 from typing import Any
 
@@ -40,7 +41,7 @@ class Prompt:
       task: the task's configuration (template, labels, metrics).
       metrics: scores of this prompt, `{"dev/accuracy": 0.9}`.
       settings: what else prediction must repeat (`max_length`).
-      encoder: of a method with an encoder, its `name` and `fingerprint`.
+      encoder: of a method with an encoder, its card: `name`, `fingerprint`, digests of `vocabulary` and `weights`.
       run_id: 12 hex digits that depend on the parameters and the run's configuration, as a git commit does on its tree.
     """
 
@@ -93,6 +94,17 @@ class Prompt:
                 "the folder prompts beside it"
             )
 
+    def soft_prompt(self, where: str = "this prompt") -> np.ndarray:
+        """Returns the vectors (M, D) in front of every text, worked out where the method has them in parts.
+
+        Raises `UserError`, which begins with `where`, for a method without them, or with others for each text.
+        """
+        vectors = self.method.soft_prompt(self.trainable, self.fingerprint["width"])
+        if vectors is None:
+            why = "which makes one for each text" if self.method.by_instance else "which has none"
+            raise UserError(f"{where} holds no soft prompt: it is of method '{self.method.kind}', {why}")
+        return np.asarray(vectors)
+
     def on(self, backbone: Any) -> Prompt:
         """Returns the prompt with its layers as the backbone has them: stacked, where it scans them, or one by one."""
         if not isinstance(self.trainable.get("backbone"), dict):
@@ -105,10 +117,14 @@ class Prompt:
         return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(self.trainable))
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
-        """Writes the folder, replacing a prompt that is there; a crash at any moment leaves the old or the new one."""
+        """Writes the folder, replacing a prompt that is there; a crash at any moment leaves the old or the new one.
+
+        Raises `UserError` for a folder that holds something else, and for a file; both are left as they are.
+        """
         from safetensors.numpy import save_file
 
         folder = pathlib.Path(folder)
+        check_holds_no_more(folder, (CARD, TENSORS))
         tensors = {k: np.ascontiguousarray(v) for k, v in _flatten(self.trainable).items()}
         run_id = _digest(tensors, self.method_config, self.fingerprint, self.task, self.settings, *self._encoder)
         card = {
@@ -178,6 +194,19 @@ class Prompt:
                 f"were written as run_id {prompt.run_id}; take a copy that is whole"
             )
         return prompt
+
+
+def check_holds_no_more(folder: pathlib.Path, names: Collection[str], what: str = "a prompt") -> list[str]:
+    """Returns the names of what a folder holds. Raises `UserError` for a file, and for others than `names`."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder")
+    there = sorted(child.name for child in folder.iterdir())
+    for name in there:
+        if name not in names:
+            raise UserError(f"{folder} holds '{name}', which is no part of {what}; name another folder")
+    return there
 
 
 def replace_folder(fresh: pathlib.Path, folder: pathlib.Path) -> None:

@@ -92,6 +92,19 @@ def test_save_replaces_and_leaves_nothing_beside(tmp_path: pathlib.Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["prompt"]
 
 
+def test_nothing_but_a_prompt_is_replaced(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds 'thesis.tex', which is no part of a prompt; name another folder"):
+        some_prompt().save(tmp_path / "models")
+    with pytest.raises(UserError, match=r"thesis.tex is a file; name a folder"):
+        some_prompt().save(tmp_path / "models" / "thesis.tex")
+    assert (tmp_path / "models" / "thesis.tex").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["models"]
+    (tmp_path / "empty").mkdir()
+    assert_same(Prompt.load(some_prompt().save(tmp_path / "empty")), some_prompt())
+
+
 def test_cut_off_between_the_two_renames_the_old_one_comes_back(tmp_path: pathlib.Path) -> None:
     folder, aside = tmp_path / "prompt", tmp_path / ".prompt.old"
     some_prompt(1).save(folder)

@@ -73,15 +73,11 @@ def _import(words: list[str]) -> int:
 
 
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
-    from deptjax.prompt import CARD, TENSORS
+    from deptjax.prompt import CARD, TENSORS, check_holds_no_more
 
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder")
-    there = sorted(child.name for child in output.iterdir())
-    foreign = [name for name in there if name not in (CARD, TENSORS)]
-    if foreign:
-        raise UserError(f"--output {output} holds '{foreign[0]}', which is no part of a prompt; name another folder")
+    try:
+        there = check_holds_no_more(output, (CARD, TENSORS))
+    except UserError as error:
+        raise UserError(f"--output {error}") from None
     if there and not overwrite:
         raise UserError(f"--output {output} exists; name another folder, or add --overwrite")

@@ -17,7 +17,7 @@ from deptjax.interop.official_dept import dept_files
 from deptjax.interop.peft import peft_files, read_peft
 from deptjax.models.backbone import Backbone
 from deptjax.models.prompted import check_parameters
-from deptjax.prompt import CARD, Prompt, replace_folder, whole_folder
+from deptjax.prompt import CARD, Prompt, check_holds_no_more, replace_folder, whole_folder
 from deptjax.prompt import TENSORS as OWN_TENSORS
 
 FORMATS = ("peft", "dept", "npz", "safetensors", "npy")
@@ -159,16 +159,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _check_folder(path: Path, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise UserError(f"{path} is a file; name a folder")
-    there = sorted(child.name for child in path.iterdir())
+    there = check_holds_no_more(path, _WRITTEN, "an adapter")
     if there and not overwrite:
         raise UserError(f"{path} exists; name another folder, or overwrite it (overwrite=True, --overwrite)")
-    foreign = [name for name in there if name not in _WRITTEN]
-    if foreign:
-        raise UserError(f"{path} holds '{foreign[0]}', which is no part of an adapter; name another folder")
 
 
 def _write_folder(path: Path, files: dict[str, bytes]) -> None:
