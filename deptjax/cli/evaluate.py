@@ -80,7 +80,6 @@ def _evaluate(words: list[str]) -> int:
     if task.source is None:
         raise UserError("the prompt's task keeps no data; name --test-file FILE, or --task NAME")
     data, task = loaded_once(task)
-    prompt = dataclasses.replace(prompt, task=task.to_config())  # another template or other labels, where given
     backbone = backbone_of(prompt, options["prompt"], given)
     batch_size = flags.whole(options, "batch-size", 32)
     encoder = load_given_encoder(options["encoder"], [prompt]) if "encoder" in options else None

@@ -306,7 +306,8 @@ def evaluate(
     Args:
       backbone: the one the prompt was tuned on.
       prompt: a `Prompt`, or the path of one in any format that `load_prompt` knows.
-      task: `None` for the task the prompt was tuned for, with its own data.
+      task: `None` for the task the prompt was tuned for, with its own data; else another one's data, template and
+        labels.
       split: `train`, `dev` or `test`.
       examples: how many rows are scored, the first of the split; `None` for all.
       batch_size: rows a batch.
@@ -320,6 +321,8 @@ def evaluate(
     if split not in ("train", "dev", "test") or not rows:
         raise UserError(f"task '{chosen.name}' has no rows in split '{split}'")
     rows = rows[:examples]
+    if task is not None:  # its template and labels, too
+        prompt = dataclasses.replace(prompt, task=data.task.to_config())
     answers = Predictor(backbone, {chosen.name or "task": prompt}, batch_size, encoder=encoder)(rows, on_rows=on_rows)
     scores = data.task.score([answer.text for answer in answers], rows)
     return {f"{split}/{name}": value for name, value in scores.items()}

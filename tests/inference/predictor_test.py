@@ -9,11 +9,13 @@ import threading
 import numpy as np
 import pytest
 
+from deptjax.data.sources import MemorySource
 from deptjax.errors import UserError
 from deptjax.inference.decoding import Decoding
 from deptjax.inference.predictor import Predictor, evaluate
+from deptjax.inference.rows import front_of
 from deptjax.inference.scoring import sequence_scores, token_scores
-from deptjax.methods import DePT, ZeroShot
+from deptjax.methods import DePT, ZeroShot, method_from_config
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
 from tests.cases import backbone_of, case_of, make_case, padded
@@ -269,6 +271,43 @@ def test_evaluate_counts_the_right_answers() -> None:
     right = np.mean([answer.text == row["label"] for answer, row in zip(answers, rows, strict=True)])
     assert evaluate(backbone_of("llama"), prompt, task) == {"test/accuracy": pytest.approx(right)}
     assert set(evaluate(backbone_of("llama"), prompt, task, split="dev", batch_size=5)) == {"dev/accuracy"}
+
+
+def test_evaluate_asks_as_the_task_that_it_is_given_does() -> None:
+    """The same rows under other labels and another template: scored by those, not by the prompt's."""
+    names = {"negative": "awful film", "positive": "good film"}
+    other = dataclasses.replace(
+        review_task(input="{text} it was"),
+        labels=tuple(names.values()),
+        source=MemorySource(
+            *[
+                [{"text": row["text"], "label": names[row["label"]]} for row in review_rows(16, seed=seed)]
+                for seed in (0, 1, 2)
+            ]
+        ),
+    )
+    prompt = prompt_of("dept")
+    own = dataclasses.replace(prompt, task=dataclasses.replace(other, source=None).to_config())
+    rows = review_rows(16, seed=2)
+    answers = Predictor(backbone_of("llama"), own)([row["text"] for row in rows])
+    right = np.mean([answer.text == names[row["label"]] for answer, row in zip(answers, rows, strict=True)])
+    assert right > 0
+    assert evaluate(backbone_of("llama"), prompt, other) == {"test/accuracy": pytest.approx(right)}
+
+
+@pytest.mark.parametrize("method", ["dept", "lora", "prefix_tuning", "deep_prompt_tuning", "idpg, every"])
+def test_equal_methods_share_their_programs(method: str) -> None:
+    """A second predictor of the same prompt, or of one that was loaded again, compiles nothing."""
+
+    def answers() -> list[str]:
+        prompt = prompt_of(method)
+        again = dataclasses.replace(prompt, method=method_from_config(prompt.method_config))
+        return [answer.text for answer in Predictor(backbone_of("llama"), again)(TEXTS[:3])]
+
+    first = answers()
+    compiled = token_scores._cache_size(), sequence_scores._cache_size(), front_of._cache_size()
+    assert answers() == first
+    assert (token_scores._cache_size(), sequence_scores._cache_size(), front_of._cache_size()) == compiled
 
 
 def test_evaluate_needs_rows() -> None:
