@@ -66,7 +66,10 @@ ENCODED: dict[str, Method] = {
     "lopa": LoPA(prompt_length=5, rank=2, hidden=7, prompt_init="vocab"),
     "idpg": IDPG(prompt_length=5, hidden=6, generator="dense"),
 }
-VARIANTS: dict[str, Method] = {"idpg, every": IDPG(prompt_length=5, hidden=6, generator="dense", layers="every")}
+VARIANTS: dict[str, Method] = {
+    "idpg, every": IDPG(prompt_length=5, hidden=6, generator="dense", layers="every"),
+    "lopa, concat": LoPA(prompt_length=3, rank=2, hidden=7, prompt_init="vocab", variant="concat"),
+}
 SOURCED = "attempt"  # its source prompts belong to a backbone
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "bert": functools.partial(tiny_bert, has_pooler=False),  # which filling a mask leaves as it is

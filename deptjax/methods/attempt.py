@@ -84,13 +84,14 @@ class ATTEMPT(InputMethod):
     prompt_text: str = initializers.DEFAULT_TEXT
 
     def __post_init__(self) -> None:
+        if isinstance(self.sources, (list, tuple)):
+            self.sources = ",".join(os.fspath(place) for place in self.sources)
+        if not isinstance(self.sources, (str, os.PathLike)):
+            raise UserError(f"{self.kind}: sources is a {type(self.sources).__name__}; name folders, a,b,c")
+        self.check_types()
         self.check_positive("prompt_length", "bottleneck")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"{self.kind}: temperature is {self.temperature}; it must be above 0, and finite")
-        if isinstance(self.sources, (list, tuple)):
-            self.sources = ",".join(os.fspath(place) for place in self.sources)
-        if not isinstance(self.sources, str):
-            raise UserError(f"{self.kind}: sources is a {type(self.sources).__name__}; name folders, a,b,c")
         if not self.places:
             raise UserError(f"{self.kind}: sources is empty; name the folders of prompts of other tasks, a,b,c")
         super().__post_init__()

@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -115,12 +116,6 @@ class EncoderChoice(NamedTuple):
     trainable: bool
 
 
-class InputModule(Protocol):
-    """What fills the input site: see `InputMethod.streams`."""
-
-    def streams(self, embeds: Array, texts: Texts) -> tuple[Array | None, Array]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Sites:
     """What fills each site; `None` leaves the site empty, which costs nothing.
@@ -144,6 +139,20 @@ class Sites:
 NO_SITES = Sites()
 
 
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """Fills a kind of inner site as `method.fill` does.
+
+    Equal methods give equal ones, as two bound methods are not: so their models are equal, and share programs.
+    """
+
+    method: Any
+
+    def __call__(self, site: Any, name: str) -> nn.Module | None:
+        """Returns the module for a site, or `None` to leave it empty."""
+        return self.method.fill(site, name)  # type: ignore[no-any-return]
+
+
 class Vocabulary(NamedTuple):
     """What an initialiser may look at: the frozen embedding table (V, D), the tokenizer, and the task's labels."""
 
@@ -158,6 +167,26 @@ def input_parameters(method: Method, key: Key, width: int) -> Tree:
     fill, embeds, encoded = method.sites().input, jnp.zeros((1, 1, width)), method.encoding_width()
     texts = Texts.whole(embeds, None if encoded is None else jnp.zeros((1, encoded)))
     return {} if fill is None else fill.init(key, embeds, texts, method="streams").get("params", {})
+
+
+class _Type(NamedTuple):
+    """A type that a method's field may have: which values are of it, as what they are kept, and its name for a user."""
+
+    takes: Callable[[Any], bool]
+    plain: Callable[[Any], Any]
+    told: str
+
+
+def _is_a(number: Any) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, number) and not isinstance(value, bool)
+
+
+_TYPES = {
+    "bool": _Type(lambda value: isinstance(value, bool), bool, "True or False"),
+    "int": _Type(_is_a(numbers.Integral), int, "a whole number"),
+    "float": _Type(_is_a(numbers.Real), lambda value: value if isinstance(value, int) else float(value), "a number"),
+    "str": _Type(lambda value: isinstance(value, (str, os.PathLike)), os.fspath, "a text"),
+}
 
 
 class Method:
@@ -227,19 +256,31 @@ class Method:
         return getattr(self, name)
 
     def check_positive(self, *names: str) -> None:
-        """Raises `UserError` for one of these fields that is no whole number of at least 1, nor left open."""
-        types = {field.name: str(field.type) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        """Raises `UserError` for one of these fields that is given and below 1."""
         for name in names:
             value = getattr(self, name)
-            if value is None and "None" in types[name]:
-                continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise UserError(f"{self.kind}: {name} is {value!r}; it must be a whole number")
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"{self.kind}: {name} is {value}; it must be at least 1")
 
+    def check_types(self) -> None:
+        """Raises `UserError` for a field whose value is not of its type; numpy's numbers and paths become plain."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            kinds, value = str(field.type).split(" | "), getattr(self, field.name)
+            types = [_TYPES[kind] for kind in kinds if kind in _TYPES]
+            if not types or field.name in ("parent", "name"):  # of another kind, or Linen's
+                continue
+            if value is None and "None" in kinds:
+                continue
+            plain = next((type_.plain(value) for type_ in types if type_.takes(value)), None)
+            if plain is None:
+                told = " or ".join(type_.told for type_ in types)
+                raise UserError(f"{self.kind}: {field.name} is {value!r}; it must be {told}")
+            if type(plain) is not type(value):
+                object.__setattr__(self, field.name, plain)  # the dataclass is frozen
+
     def check_sizes(self) -> None:
-        """Raises `UserError` for a size that is given and below 1."""
+        """Raises `UserError` for a field that is not of its type, and for a size that is given and below 1."""
+        self.check_types()
         self.check_positive(*self.sizes, *self.more_sizes)
 
     def sites(self) -> Sites:
@@ -270,6 +311,13 @@ class Method:
     def at_input(self, trainable: Tree) -> Tree:
         """Returns the parameters of what fills the input site: `trainable["input"]`, and what else acts there."""
         return trainable.get("input", {})
+
+    def soft_prompt(self, trainable: Tree, width: int) -> Array | None:
+        """Returns the vectors (M, D) that stand in front of every text, which `trainable` may hold in parts.
+
+        `None` of a method that has none, or another for each text.
+        """
+        return None if self.by_instance else trainable.get("input", {}).get("prompt")
 
     def fold(self, trainable: Tree) -> tuple[Method, Tree]:
         """Returns a simpler method and its parameters that compute what this one does with `trainable`.

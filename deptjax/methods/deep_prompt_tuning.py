@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods import initializers
-from deptjax.methods.base import Method, Sites, StreamSite, Texts, Vocabulary, register_method
+from deptjax.methods.base import Filled, Method, Sites, StreamSite, Texts, Vocabulary, register_method
 from deptjax.methods.prompt_tuning import PromptTuning
 from deptjax.typing import Array, Float, Key, Tree
 
@@ -97,7 +97,7 @@ class DeepPromptTuning(Method):
             )
 
     def sites(self) -> Sites:
-        return Sites(input=self._front if self.mode == "add" else PromptPlaces(self.prompt_length), stream=self.fill)
+        return Sites(input=self._front if self.mode == "add" else PromptPlaces(self.prompt_length), stream=Filled(self))
 
     @property
     def _front(self) -> PromptTuning:

@@ -50,12 +50,12 @@ class EncodedMethod(InputMethod):
                 f"{self.kind}: encoder is a {type(self.encoder).__name__}; name a model, as load_backbone takes it, and"
                 " give one that is loaded as encoder= of what runs the method"
             )
+        super().__post_init__()
         pooling = self.encoder_pooling
         if pooling is not None and pooling not in POOLINGS:
             told = nearest(pooling, POOLINGS)
             raise UserError(f"{self.kind}: encoder_pooling '{pooling}' is not one of {', '.join(POOLINGS)}.{told}")
         self.check_positive("encoder_length", "encoder_width")
-        super().__post_init__()
 
     def check_share(self, *names: str) -> None:
         """Raises `UserError` for one of these fields that is not from 0 up to, not including, 1."""

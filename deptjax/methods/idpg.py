@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from deptjax.errors import UserError, nearest
-from deptjax.methods.base import COMMON, Sites, StreamSite, Texts, Vocabulary, register_method
+from deptjax.methods.base import COMMON, Filled, Sites, StreamSite, Texts, Vocabulary, register_method
 from deptjax.methods.encoded import EncodedMethod
 from deptjax.methods.in_common import beside_layers, in_place_of, of_first_layer
 from deptjax.typing import Array, Float, Key, Tree
@@ -83,20 +83,31 @@ class Generator:
 
     def __call__(self, scope: nn.Module, state: Float[Array, "B H"], width: int) -> Float[Array, "B M D"]:
         """Returns the prompts, by the parameters `down`, `bias` and `up` of `scope`, in whose compact method it is."""
+        self._check_factors(state.shape[-1], width)
         drop = nn.Dropout(self.dropout, deterministic=not scope.has_rng("dropout"))
         bias = scope.param("bias", nn.initializers.normal(0.05), (self.hidden,))
-        hidden = self._linear("down", self.hidden, state.shape[-1])(drop(state)) + bias[None]
+        hidden = self._linear("down", self.hidden)(drop(state)) + bias[None]
         hidden = ACTIVATIONS[self.activation](hidden)
-        return self._linear("up", self.length * width, self.hidden)(drop(hidden)).reshape(-1, self.length, width)
+        return self._linear("up", self.length * width)(drop(hidden)).reshape(-1, self.length, width)
 
-    def _linear(self, name: str, features: int, inputs: int) -> nn.Module:
+    def _check_factors(self, inputs: int, width: int) -> None:
+        sizes = {
+            "the encoder's width": inputs,
+            "hidden": self.hidden,
+            "the number of outputs, prompt_length D": self.length * width,
+        }
+        wrong = next((what for what, size in sizes.items() if size % self.factors), None)
+        if self.kind == "dense" or wrong is None:
+            return
+        fit = [str(n) for n in range(2, 33) if not any(size % n for size in sizes.values())]
+        remedy = f"take factors {', '.join(fit)}" if fit else "give another hidden or prompt_length"
+        raise UserError(
+            f"idpg: factors {self.factors} does not divide {wrong}, {sizes[wrong]}; {remedy}, or take generator 'dense'"
+        )
+
+    def _linear(self, name: str, features: int) -> nn.Module:
         if self.kind == "dense":
             return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(0.02), name=name)
-        for what, size in (("the encoder's width", inputs), ("the number of outputs", features)):
-            if size % self.factors:
-                fit = [str(n) for n in range(2, 33) if inputs % n == 0 and features % n == 0]
-                remedy = f"take factors {', '.join(fit)}, or generator 'dense'" if fit else "take generator 'dense'"
-                raise UserError(f"idpg: factors {self.factors} does not divide {what} of '{name}', {size}; {remedy}")
         return PHM(features, self.factors, name=name)
 
 
@@ -166,6 +177,7 @@ class IDPG(EncodedMethod):
     layers: str = "first"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, known in (("generator", GENERATORS), ("activation", tuple(ACTIVATIONS)), ("layers", LAYERS)):
             if (value := getattr(self, name)) not in known:
                 raise UserError(
@@ -173,7 +185,6 @@ class IDPG(EncodedMethod):
                 )
         self.check_positive("prompt_length", "hidden", "factors")
         self.check_share("encoding_dropout")
-        super().__post_init__()
 
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "B M D"], Array]:
@@ -197,7 +208,7 @@ class IDPG(EncodedMethod):
         return Generator(*sizes, self.activation, self.encoding_dropout)
 
     def sites(self) -> Sites:
-        return Sites(input=self, stream=None if self.layers == "first" else self.fill)
+        return Sites(input=self, stream=None if self.layers == "first" else Filled(self))
 
     @nn.nowrap  # outside of this module: a layer has its own
     def fill(self, site: StreamSite, name: str) -> nn.Module:

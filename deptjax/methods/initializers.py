@@ -7,6 +7,7 @@ authors of DePT start from the embeddings of a sentence, repeated and cut to the
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,8 @@ KINDS = ("text", "vocab", "labels", "random", "normal")
 # The authors' sentence reads "Classify this text is postive or not:"; this is what it means.
 DEFAULT_TEXT = "Classify this text as positive or not:"
 PROMPT = ("input", "prompt")  # where a saved prompt has its soft prompt
+# Tokens of no text, whose embeddings training may never have touched: BERT's first 999 among them, and single bytes.
+_NO_TEXT = re.compile(r"\[unused\d+\]|<0x[0-9A-F]{2}>|<extra_id_\d+>|madeupword\d+|<\|.*\|>|<unk>|<s>|</s>|<pad>")
 VOCAB_ROWS = 5000  # sampled from the most common pieces, which come first in SentencePiece and BPE vocabularies
 
 
@@ -29,8 +32,8 @@ def initial_prompt(start: str, text: str, key: Key, length: int, vocabulary: Voc
     """Returns the first value of a soft prompt, (M, D) float32.
 
     Args:
-      start: `"text"` (embeddings of `text`, tiled), `"vocab"` (distinct rows among the first 5,000 of the vocabulary),
-        `"labels"` (embeddings of the task's labels, then sampled vocabulary), `"random"` (uniform, with the
+      start: `"text"` (embeddings of `text`, tiled), `"vocab"` (distinct rows, of pieces of text among the first 5,000
+        ids), `"labels"` (embeddings of the task's labels, then sampled vocabulary), `"random"` (uniform, with the
         root mean square of the embedding table), `"normal"` (standard normal numbers), or the path of a saved prompt
         folder to start from.
       text: the sentence for `"text"`.
@@ -106,9 +109,20 @@ def _tiled(ids: np.ndarray, length: int, vocabulary: Vocabulary) -> Array:
 
 
 def _sampled(key: Key, length: int, vocabulary: Vocabulary) -> Array:
-    rows = min(VOCAB_ROWS, vocabulary.embedding.shape[0])
-    ids = jax.random.choice(key, rows, (length,), replace=length > rows)
-    return vocabulary.embedding[ids].astype(jnp.float32)
+    ids = _pieces(vocabulary)
+    chosen = jax.random.choice(key, ids, (length,), replace=length > len(ids))
+    return vocabulary.embedding[chosen].astype(jnp.float32)
+
+
+def _pieces(vocabulary: Vocabulary) -> np.ndarray:
+    """Returns the first ids that stand for pieces of text; if there are none, the first ids."""
+    tokenizer, ids = vocabulary.tokenizer, np.arange(min(VOCAB_ROWS, vocabulary.embedding.shape[0]))
+    if tokenizer is None:
+        return ids
+    no_text = set(tokenizer.all_special_ids)
+    no_text |= {i for token, i in tokenizer.get_vocab().items() if _NO_TEXT.fullmatch(token)}
+    kept = np.asarray([i for i in ids if i not in no_text])
+    return kept if len(kept) else ids
 
 
 def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
@@ -117,14 +131,17 @@ def _from_saved(start: str, length: int, vocabulary: Vocabulary) -> Array:
             f"prompt_init '{start}' is neither one of {', '.join(KINDS)} nor a saved prompt folder."
             f"{nearest(start, KINDS)}"
         )
-    saved = saved_prompt(start, vocabulary)
+    try:
+        saved = saved_prompt(start, vocabulary)
+    except UserError as error:
+        raise UserError(f"prompt_init: {error}") from None
     return jnp.resize(saved, (length, saved.shape[1])) if len(saved) < length else saved[:length]
 
 
 def saved_prompt(folder: str, vocabulary: Vocabulary, alone: bool = False) -> Array:
     """Returns the soft prompt (M, D) float32 in the folder of a saved prompt; `alone`: of one that is nothing else.
 
-    Of a prompt that is made of several parts (an MPT's of several tasks) it is the one that these make.
+    Of a method that makes it of parts (MPT, DPT, ACCEPT) it is the one that these make.
 
     Raises `UserError` for a folder without one, a damaged file, and a prompt of another backbone.
     """
@@ -134,12 +151,9 @@ def saved_prompt(folder: str, vocabulary: Vocabulary, alone: bool = False) -> Ar
     more = sorted("/".join(path) for path in traverse_util.flatten_dict(prompt.trainable) if path != PROMPT)
     if alone and more:
         raise UserError(f"{folder} holds '{more[0]}' beside the soft prompt; choose a prompt of prompt_tuning")
-    saved = traverse_util.flatten_dict(prompt.method.fold(prompt.trainable)[1]).get(PROMPT)
-    if saved is None:
-        raise UserError(f"{folder} holds no soft prompt (tensor 'input/prompt'); choose a prompt of a prompt method")
-    width = vocabulary.embedding.shape[1]
-    if saved.shape[1] != width:
-        raise UserError(f"{folder} has width {saved.shape[1]}, the backbone {width}; choose a prompt of this backbone")
+    own, width = prompt.fingerprint.get("width"), vocabulary.embedding.shape[1]
+    if own != width:
+        raise UserError(f"{folder} has width {own}, the backbone {width}; choose a prompt of this backbone")
     if vocabulary.check_prompt is not None:
         vocabulary.check_prompt(prompt, folder)
-    return jnp.asarray(saved, jnp.float32)
+    return jnp.asarray(prompt.soft_prompt(folder), jnp.float32)

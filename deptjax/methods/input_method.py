@@ -58,6 +58,15 @@ class InputMethod(Method, nn.Module):
         start = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, length, vocabulary)
         return {**params, "prompt": start}
 
+    @nn.nowrap
+    def soft_prompt(self, trainable: Tree, width: int) -> Array | None:
+        if self.by_instance:
+            return None
+        embeds, params = jnp.zeros((1, 0, width)), {"params": trainable["input"]}
+        fill: Any = self.resolve(width).sites().input
+        prompt, _ = fill.apply(params, embeds, Texts.whole(embeds), method="streams")
+        return prompt  # type: ignore[no-any-return]
+
     def group(self, path: tuple[str, ...]) -> str:
         return "prompt" if path[-1].startswith("prompt") else "low_rank"
 

@@ -106,12 +106,12 @@ class LoPA(EncodedMethod):
     prompt_text: str = initializers.DEFAULT_TEXT
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in VARIANTS:
             told = nearest(self.variant, VARIANTS)
             raise UserError(f"{self.kind}: variant '{self.variant}' is not one of {', '.join(VARIANTS)}.{told}")
         self.check_positive("prompt_length", "rank", "hidden")
         self.check_share("encoding_dropout")
-        super().__post_init__()
 
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "B M D"], Array]:

@@ -14,7 +14,7 @@ import math
 import flax.linen as nn
 
 from deptjax.methods import initializers
-from deptjax.methods.base import LinearSite, Sites, register_method
+from deptjax.methods.base import Filled, LinearSite, Sites, register_method
 from deptjax.methods.targets import TargetedMethod
 from deptjax.typing import Array, Float
 
@@ -72,7 +72,7 @@ class LoRA(TargetedMethod):
     targets: str = r"(query|value)$"
 
     def sites(self) -> Sites:
-        return Sites(linear=self.fill)
+        return Sites(linear=Filled(self))
 
     def fill(self, site: LinearSite, name: str) -> nn.Module | None:
         """Returns the update for a projection, or `None` when `targets` does not match its path."""

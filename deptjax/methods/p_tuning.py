@@ -87,10 +87,10 @@ class PTuning(ReparametrisedPrompt):
     num_layers: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.network not in NETWORKS:
             known = " or ".join(NETWORKS)
             raise UserError(f"p_tuning: network '{self.network}' is not {known}.{nearest(self.network, NETWORKS)}")
-        super().__post_init__()
 
     def resolve(self, width: int) -> PTuning:
         return self.clone(hidden=width) if self.hidden is None else self

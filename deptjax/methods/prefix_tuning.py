@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deptjax.methods import initializers
-from deptjax.methods.base import COMMON, AttentionSite, Method, Sites, Texts, register_method
+from deptjax.methods.base import COMMON, AttentionSite, Filled, Method, Sites, Texts, register_method
 from deptjax.methods.dense import dense
 from deptjax.methods.in_common import in_place_of
 from deptjax.methods.targets import TargetedMethod
@@ -159,7 +159,7 @@ class PrefixTuning(TargetedMethod):
 
     def sites(self) -> Sites:
         common = None if self.hidden is None else PrefixNetwork(self.prefix_length, self.hidden)
-        return Sites(input=common, attention=self.fill)
+        return Sites(input=common, attention=Filled(self))
 
     def fill(self, site: AttentionSite, name: str) -> nn.Module | None:
         """Returns the prefix of an attention layer, or `None` when `targets` does not match its path."""

@@ -307,6 +307,8 @@ class PromptedModel:
     def _encoding(self, trainable: Tree, batch: dict[str, Array], dropout_key: Key | None) -> Array | None:
         if self.encoding is None:
             return batch.get("encoding")
+        if dropout_key is not None:  # its layers may have the names of the backbone's, which draw by the key itself
+            dropout_key = jax.random.fold_in(dropout_key, 2)
         return self.encoding(trainable[ENCODER], batch["encoder_source"], batch["encoder_mask"], dropout_key)
 
     def _source(

@@ -145,7 +145,10 @@ def _teachers(backbone: Backbone, names: Sequence[str], teachers: Mapping[str, S
         raise UserError(f"teachers are for {', '.join(teachers) or 'no task'}; give one for each of {', '.join(names)}")
     found = []
     for name in names:
-        where, prompt = usable_prompt(backbone, teachers[name], name)
+        try:
+            where, prompt = usable_prompt(backbone, teachers[name], name)
+        except UserError as error:
+            raise UserError(f"teachers: {error}") from None
         if {name: list(tree) for name, tree in prompt.trainable.items()} != {"input": ["prompt"]}:
             raise UserError(f"{where} is of method '{prompt.method.kind}'; a teacher is a soft prompt and nothing else")
         found.append(prompt)

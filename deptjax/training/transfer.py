@@ -86,17 +86,20 @@ def similar_prompts(prompts: Mapping[str, PromptOrFolder], target: PromptOrFolde
     """Returns the names of source prompts with their similarity to the target's, the most similar first.
 
     The similarity of SPoT (section 4.1, "cosine similarity of average tokens"): of a soft prompt (M, D) the mean over
-    its M vectors is taken, and of two means the cosine. Prompts may differ in length. DePT's offsets are left out.
+    its M vectors is taken, and of two means the cosine. Prompts may differ in length and method: offsets are left out,
+    and a prompt in parts (MPT's, DPT's, ACCEPT's) is the one that these make.
 
     Args:
       prompts: saved prompts, or their folders, by name.
       target: a prompt tuned on the target task; few steps do.
 
     Raises:
-      UserError: for no prompts, a prompt without a soft prompt, or one of another backbone than the target's.
+      UserError: for no prompts, a method without a soft prompt or with one for each text, and a prompt of another
+        backbone than the target's.
 
+    >>> from deptjax.methods import PromptTuning
     >>> soft = lambda *rows: {"input": {"prompt": np.array(rows)}}
-    >>> made = lambda *rows: Prompt(None, soft(*rows), "tiny", {}, {})
+    >>> made = lambda *rows: Prompt(PromptTuning(len(rows)), soft(*rows), "tiny", {"width": 2}, {})
     >>> similar_prompts({"far": made([0.0, 2.0]), "near": made([3.0, 1.0], [1.0, 1.0])}, made([1.0, 0.0]))
     [('near', 0.894...), ('far', 0.0)]
     """
@@ -121,11 +124,7 @@ def _loaded(prompt: PromptOrFolder) -> Prompt:
 
 
 def _mean_vector(prompt: Prompt, name: str) -> np.ndarray:
-    vectors = traverse_util.flatten_dict(prompt.trainable).get(("input", "prompt"))
-    if vectors is None:
-        kind = prompt.method.kind
-        raise UserError(f"similar_prompts: '{name}' is of method '{kind}', which has no soft prompt; leave it out")
-    return np.asarray(vectors, np.float64).mean(axis=0)
+    return prompt.soft_prompt(f"similar_prompts: '{name}'").astype(np.float64).mean(axis=0)
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> float:

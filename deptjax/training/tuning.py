@@ -108,7 +108,7 @@ class Tuning:
         tuned = None if self.encoder is None or self.model.encoding is None else self.encoder.backbone.params
         trainable, frozen = self.model.init(init_key, self.backbone.params, vocabulary, tuned)
         if self.source_prompt is not None:
-            where, parts = str(self.config.start_from), self.config.start_parts
+            where, parts = f"start_from: {self.config.start_from}", self.config.start_parts
             trainable = started_from(trainable, self.model.method, self.source_prompt, parts, where)
         return trainable, frozen, step_key
 
@@ -117,10 +117,13 @@ class Tuning:
         """The prompt that the run starts from. Raises `UserError` for one that is damaged or of another backbone."""
         if self.config.start_from is None:
             return None
-        prompt = Prompt.load(self.config.start_from)
-        prompt.check_backbone(self.backbone, self.config.start_from)
+        try:
+            prompt = Prompt.load(self.config.start_from)
+        except UserError as error:
+            raise UserError(f"start_from: {error}") from None
+        prompt.check_backbone(self.backbone, f"start_from: {self.config.start_from}")
         if self.encoder is not None:
-            prompt = self.encoder.started_from(prompt, self.config.start_from)
+            prompt = self.encoder.started_from(prompt, f"start_from: {self.config.start_from}")
         return prompt.on(self.backbone)
 
     def optimizer(self, groups: Tree, peaks: dict[str, Any] | None = None) -> optax.GradientTransformation:

@@ -252,7 +252,7 @@ def test_a_field_of_the_method_that_does_not_fit(predict: Predictor, folder: pat
         ({"prompt_length": 5.0}, "prompt_length is 5.0; it must be a whole number"),
         ({"rank": [3]}, "dept"),
         ({"scaling": "beta"}, "scaling 'beta' is not known"),
-        ({"alpha": "8"}, "method 'dept' cannot be made of its fields"),
+        ({"alpha": "8"}, "dept: alpha is '8'; it must be a number"),
     ):
         method = DePT(prompt_length=5, rank=3, max_length=13)
         for name, value in fields.items():

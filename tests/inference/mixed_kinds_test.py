@@ -23,7 +23,7 @@ SIZES: dict[str, Method] = {
     "accept": ACCEPT(4, None, 3, 13, None, 2, prompt_init="vocab"),
 }
 FROZEN = "frozen"  # the model as it is, without any prompt
-AT_THE_INPUT = ("dept", "adept", "mpt", "lopa", "idpg", "attempt", *SIZES, FROZEN)
+AT_THE_INPUT = ("dept", "adept", "mpt", "lopa", "lopa, concat", "idpg", "attempt", *SIZES, FROZEN)
 FILLED = {"input": "{text} . it is {mask} .", "verbalizers": {"negative": "bad", "positive": "good"}}
 FREE = {"labels": (), "target": "the film is {label}", "max_target_length": 4}
 TEXTS = ["the film is good", "a very dull and sad story", "bright", "the plot was that of the story", "it was happy"]

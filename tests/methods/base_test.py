@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,32 @@ def test_a_size_is_a_whole_number_of_at_least_1(kind: str, name: str) -> None:
     for value, told in ((0, "must be at least 1"), (-3, "must be at least 1"), (2.5, "whole"), ("4", "whole")):
         with pytest.raises(UserError, match=f"^{kind}: {name} is {value!r}; it {told}" if told[0] == "m" else told):
             method_from_config({**typical, name: value})
+
+
+WRONG = {"bool": "no", "float": "1", "str": 3}
+
+
+@pytest.mark.parametrize("kind", method_names())
+def test_a_field_is_of_its_type(kind: str) -> None:
+    typical = method_to_config(method_class(kind).typical())
+    looked_at = 0
+    for field in dataclasses.fields(method_class(kind)):
+        if field.name in typical and (first := str(field.type).split(" | ")[0]) in WRONG:
+            value = (3,) if field.name == "scaling" else WRONG[first]  # which may be a text or a number
+            with pytest.raises(UserError, match=f"^{kind}: {field.name} is ") as told:
+                method_from_config({**typical, field.name: value})
+            assert "\n" not in str(told.value)
+            looked_at += 1
+    assert looked_at or kind in ("full", "zero_shot")
+
+
+def test_numbers_of_numpy_and_paths_become_plain() -> None:
+    method = DePT(prompt_length=np.int64(20), rank=np.int32(3), alpha=np.float64(2), prompt_init=pathlib.Path("a/b"))  # type: ignore[arg-type]
+    config = json.loads(json.dumps(method_to_config(method)))
+    assert config == method_to_config(DePT(prompt_length=20, rank=3, alpha=2.0, prompt_init=str(pathlib.Path("a/b"))))
+    assert json.dumps(method_to_config(LoRA(rank=np.int64(3)))) == json.dumps(method_to_config(LoRA(rank=3)))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"lora: targets is \['query'\]; it must be a text"):
+        LoRA(targets=["query"])  # type: ignore[arg-type]
 
 
 def test_every_method_of_a_prompt_has_its_length_checked() -> None:

@@ -9,28 +9,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deptjax.methods import ZeroShot
+from deptjax.methods import ZeroShot, method_names
 from deptjax.methods.base import FIXED, Texts
 from deptjax.prompt import Prompt
 from deptjax.training.state import count_parameters, count_trained
-from tests.cases import METHODS, PROMPT_METHODS, Case, backbone_of, batch_of, case_of, make_case, rows_of, some_batch
+from tests.cases import (
+    ENCODED,
+    METHODS,
+    PROMPT_METHODS,
+    SOURCED,
+    VARIANTS,
+    Case,
+    backbone_of,
+    batch_of,
+    case_of,
+    make_case,
+    rows_of,
+    some_batch,
+)
 
+# The methods of each kind of site in both layouts, all others once on each family: what a family adds to the others'
+# blocks is in its own tests, and a prompt that comes about in another way is to a backbone what any prompt is.
+OTHERS = [*PROMPT_METHODS, *ENCODED, *VARIANTS, SOURCED]
 CASES = [(b, m, scan) for b in ("llama", "t5") for m in METHODS for scan in (False, True)]
-# What a family adds to the others' blocks is in its own tests; here, each of its sites once.
-# A prompt that comes about in another way is to a backbone what any prompt is.
-CASES += [("llama", m, False) for m in PROMPT_METHODS] + [("t5", "adept", True), ("t5", "deep_prompt_tuning", True)]
-CASES += [("gpt2", "dept", True), ("gpt2", "lora", False), ("gpt2", "full", False)]
-CASES += [
-    ("llama", "lopa", False),
-    ("t5", "lopa", True),
-    ("llama", "idpg", True),
-    ("llama", "idpg, every", True),
-    ("t5", "idpg, every", False),
-    ("bert", "idpg, every", True),
-    ("llama", "attempt", False),
-    ("bert", "lopa", True),
-]
 CASES += [("bert", m, m in ("dept", "prefix_tuning")) for m in METHODS]
+CASES += [(b, m, (i + j) % 2 == 0) for i, b in enumerate(("llama", "t5", "bert")) for j, m in enumerate(OTHERS)]
+CASES += [("gpt2", m, m in ("dept", "lopa")) for m in ("dept", "lora", "full", "lopa", "prefix_tuning")]
 LAYER, MODEL = 1e-5, 1e-4
 
 
@@ -51,6 +55,12 @@ def close(got: object, wanted: object, atol: float = LAYER) -> None:
 def same(got: object, wanted: object) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_no_method_is_left_out(family: str) -> None:
+    kinds = {case_of(*case).model.method.kind for case in CASES if case[0] == family}
+    assert kinds == set(method_names())
 
 
 def test_no_effect_at_step_0(case: Case) -> None:

@@ -199,7 +199,10 @@ def test_mistakes() -> None:
     with pytest.raises(UserError, match=r"generator 'pmh' is not one of phm, dense. Did you mean 'phm'"):
         IDPG(generator="pmh")
     odd = IDPG(prompt_length=2, hidden=16, encoder_width=24)
+    none = IDPG(prompt_length=1, hidden=24, encoder_width=24)
     with pytest.raises(
-        UserError, match="factors 16 does not divide the encoder's width of 'down', 24; take factors 2, 4, 8"
+        UserError, match=r"prompt_length D, 23; give another hidden or prompt_length, or take generator"
     ):
+        input_parameters(none.clone(factors=8), jax.random.key(0), 23)
+    with pytest.raises(UserError, match="factors 16 does not divide the encoder's width, 24; take factors 2, 4, 8"):
         input_parameters(odd, jax.random.key(0), 32)

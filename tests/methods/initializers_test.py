@@ -52,15 +52,24 @@ def test_vocab_takes_distinct_rows_among_the_first() -> None:
     many = Vocabulary(table(VOCAB_ROWS + 3000), tiny_tokenizer())
     rows = rows_of(initial_prompt("vocab", "", KEY, 900, many))
     assert len(set(rows)) == 900
-    assert max(rows) < VOCAB_ROWS
+    assert 3 <= min(rows) < max(rows) < VOCAB_ROWS
     assert max(rows) > VOCAB_ROWS // 2
     assert rows != rows_of(initial_prompt("vocab", "", jax.random.key(8), 900, many))
     assert rows == rows_of(initial_prompt("vocab", "", KEY, 900, many))
 
 
 def test_vocab_smaller_than_the_prompt() -> None:
-    few = Vocabulary(table(4), tiny_tokenizer())
-    assert set(rows_of(initial_prompt("vocab", "", KEY, 50, few))) <= {0, 1, 2, 3}
+    few = Vocabulary(table(6), tiny_tokenizer())
+    assert set(rows_of(initial_prompt("vocab", "", KEY, 50, few))) == {3, 4, 5}
+
+
+def test_vocab_leaves_out_what_is_no_text() -> None:
+    """Special tokens, single bytes, and those that BERT keeps free."""
+    tokenizer = tiny_tokenizer(("[unused0]", "film", "<0x0A>", "good", "<|im_start|>"))
+    rows = rows_of(initial_prompt("vocab", "", KEY, 2, Vocabulary(table(8), tokenizer)))
+    assert sorted(rows) == [4, 6]
+    nothing_else = Vocabulary(table(4), tiny_tokenizer(("[unused0]",)))
+    assert set(rows_of(initial_prompt("vocab", "", KEY, 50, nothing_else))) == {0, 1, 2, 3}
 
 
 def test_labels_come_first_then_sampled_rows() -> None:
@@ -82,13 +91,13 @@ def test_random_has_the_scale_of_the_embeddings() -> None:
 
 
 def soft_prompt(values: np.ndarray) -> Prompt:
-    return Prompt(PromptTuning(len(values)), {"input": {"prompt": values}}, "tiny", {}, {})
+    return Prompt(PromptTuning(len(values)), {"input": {"prompt": values}}, "tiny", {"width": values.shape[1]}, {})
 
 
 def test_of_several_parts_it_is_what_they_make(tmp_path: pathlib.Path) -> None:
     random = np.random.default_rng(0)
     parts = {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHARED.items()}
-    Prompt(MPT(3), {"input": parts}, "tiny", {}, {}).save(tmp_path)
+    Prompt(MPT(3), {"input": parts}, "tiny", {"width": D}, {}).save(tmp_path)
     prompt = initial_prompt(str(tmp_path), "", KEY, 3, vocabulary())
     np.testing.assert_allclose(prompt, parts["prompt"] * np.outer(parts["u"], parts["v"]), rtol=1e-6)
 
@@ -111,8 +120,8 @@ def test_mistakes_say_what_to_do(tmp_path: pathlib.Path) -> None:
     soft_prompt(np.zeros((3, D + 2), np.float32)).save(tmp_path)
     with pytest.raises(UserError, match=f"has width {D + 2}, the backbone {D}"):
         initial_prompt(str(tmp_path), "", KEY, 3, vocabulary())
-    Prompt(LoRA(), {"backbone": {"x": np.zeros(3, np.float32)}}, "tiny", {}, {}).save(tmp_path / "lora")
-    with pytest.raises(UserError, match="holds no soft prompt"):
+    Prompt(LoRA(), {"backbone": {"x": np.zeros(3, np.float32)}}, "tiny", {"width": D}, {}).save(tmp_path / "lora")
+    with pytest.raises(UserError, match=r"prompt_init: .* holds no soft prompt"):
         initial_prompt(str(tmp_path / "lora"), "", KEY, 3, vocabulary())
     with pytest.raises(UserError, match=r"is not a saved prompt: it has no prompt.json"):
         initial_prompt(str(tmp_path.parent), "", KEY, 3, vocabulary())

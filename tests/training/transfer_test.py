@@ -12,7 +12,7 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
-from deptjax.methods.base import method_to_config
+from deptjax.methods.base import Texts, method_to_config
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
 from deptjax.training.config import TrainConfig
@@ -20,7 +20,7 @@ from deptjax.training.run import train
 from deptjax.training.transfer import similar_prompts
 from deptjax.training.tuning import Tuning
 from deptjax.typing import Tree
-from tests.cases import backbone_of, make_case
+from tests.cases import backbone_of, case_of, make_case
 from tests.reviews import review_task
 
 DEPT = DePT(prompt_length=6, rank=4, max_length=32)
@@ -146,7 +146,7 @@ def soft(*rows: list[float]) -> Prompt:
     vectors = np.zeros((len(rows), 24), np.float32)
     for vector, row in zip(vectors, rows, strict=True):
         vector[: len(row)] = row
-    return Prompt(METHODS["prompt_tuning"], {"input": {"prompt": vectors}}, backbone.name, backbone.fingerprint, {})
+    return Prompt(PromptTuning(len(rows)), {"input": {"prompt": vectors}}, backbone.name, backbone.fingerprint, {})
 
 
 def test_prompts_are_as_alike_as_their_mean_vectors(tmp_path: pathlib.Path) -> None:
@@ -165,11 +165,33 @@ def test_prompts_are_as_alike_as_their_mean_vectors(tmp_path: pathlib.Path) -> N
     assert similar_prompts(bank, tmp_path / "target") == ranking
 
 
+@pytest.mark.parametrize("name", ["accept", "dept", "dpt", "mpt", "prompt_tuning"])
+def test_a_prompt_in_parts_is_the_one_that_these_make(name: str) -> None:
+    """What the model puts in front of a text, whatever the method keeps."""
+    case = case_of("llama", name)
+    embeds = jax.numpy.zeros((1, 3, case.backbone.width))
+    fill = case.model.method.sites().input
+    wanted, _ = fill.apply({"params": case.moved["input"]}, embeds, Texts.whole(embeds), method="streams")
+    np.testing.assert_array_equal(case.prompt().soft_prompt(), wanted)
+    alike = Prompt(PromptTuning(5), {"input": {"prompt": np.array(wanted)}}, "x", case.backbone.fingerprint, {})
+    assert similar_prompts({name: case.prompt()}, alike) == [(name, pytest.approx(1.0))]
+
+
+@pytest.mark.parametrize("name", ["lopa", "idpg", "attempt"])
+def test_there_is_no_one_prompt_where_each_text_has_its_own(name: str, tmp_path: pathlib.Path) -> None:
+    told = f"of method '{name}', which makes one for each text"
+    with pytest.raises(UserError, match=told):
+        similar_prompts({"x": case_of("llama", name).prompt()}, soft([1.0]))
+    case_of("llama", name).prompt().save(tmp_path / "source")
+    with pytest.raises(UserError, match=f"^prompt_init: .*source holds no soft prompt: it is {told}"):
+        first_parameters(PromptTuning(5, prompt_init=str(tmp_path / "source")))
+
+
 def test_what_cannot_be_compared_is_told() -> None:
     target = soft([1.0])
     with pytest.raises(UserError, match="no prompts; give at least one"):
         similar_prompts({}, target)
-    with pytest.raises(UserError, match="'lora' is of method 'lora', which has no soft prompt; leave it out"):
+    with pytest.raises(UserError, match="'lora' holds no soft prompt: it is of method 'lora', which has none"):
         similar_prompts({"lora": tuned_prompt(METHODS["lora"])}, target)
     other = dataclasses.replace(target, backbone="wide", fingerprint=tiny_llama(width=48, num_heads=6).fingerprint)
     with pytest.raises(UserError, match="'far' was tuned on 'wide', and the target on 'tiny-llama'"):
