@@ -15,7 +15,8 @@ EXAMPLES = """
   deptjax methods --model t5-base
   deptjax methods --model smollm2-135m --budget 57600 --json
 
-With --budget, one size of each method (behind `at`) is the largest at which it trains no more numbers than that.
+With --budget, one size of each method (behind `at`) is the largest at which it trains no more numbers than that; where
+even 1 is too much, the prompt is halved until it is not.
 """
 DEFAULT_MODEL = "t5-base"
 LEFT = 24  # columns of the names

@@ -7,13 +7,18 @@ from typing import Any
 
 from deptjax.errors import UserError
 from deptjax.methods.base import Method, method_from_config, method_to_config
+from deptjax.methods.encoded import ITSELF
+from deptjax.models.encoder import Encoding
 from deptjax.models.prompted import PromptedModel
-from deptjax.models.sizes import parameter_count
-from deptjax.training.state import count_trained
+from deptjax.models.sizes import SIZES, parameter_count, parameter_shapes
+from deptjax.training.state import count_parameters, count_trained
 
 
 def trained_parameters(config: Any, method: Method) -> int:
     """Returns how many numbers `method` trains on a backbone of this config; only shapes are computed.
+
+    With `encoder_trainable` they are the encoder's as well, where that is the backbone or a published size. Raises
+    `UserError` for another one, which must be loaded to be counted.
 
     >>> from deptjax.methods import DePT
     >>> from deptjax.models.sizes import SIZES
@@ -25,15 +30,41 @@ def trained_parameters(config: Any, method: Method) -> int:
     method = method.resolve(config.width)
     module = dataclasses.replace(config, scan_layers=True).make(method.sites())  # one layer is traced for all
     shapes = PromptedModel(module, method).shapes(config.width)
-    return count_trained(shapes, method.groups(shapes))
+    return count_trained(shapes, method.groups(shapes)) + _of_encoder(config, method)
+
+
+def _of_encoder(config: Any, method: Method) -> int:
+    """Returns how many numbers of its encoder a method trains."""
+    choice = method.encoder_choice()
+    if choice is None or not choice.trainable:
+        return 0
+    own = config if choice.name == ITSELF else SIZES.get(choice.name)
+    if own is None:
+        raise UserError(
+            f"{method.kind}: encoder_trainable: the parameters of encoder '{choice.name}' are counted when it is"
+            " loaded; a run tells them"
+        )
+    scanned = dataclasses.replace(own, scan_layers=True)  # the layout of these shapes
+    return count_parameters(Encoding.of(scanned, choice).parameters(parameter_shapes(own)))
 
 
 def within_budget(config: Any, method: Method, budget: int) -> Method | None:
     """Returns `method` with the largest `free_size` at which it trains no more than `budget` numbers.
 
-    Returns `None` for a method without such a size, and for one that trains more at its least.
+    Where it trains more at the least of that size, its prompt is halved until it does not. Returns `None` for a method
+    without such a size, and for one that trains more at its least.
     """
-    name, fields = method.free_size, method_to_config(method)
+    fields = method_to_config(method)
+    length = fields.get("prompt_length")
+    found = _largest(config, fields, method.free_size, budget)
+    while found is None and method.free_size != "prompt_length" and length is not None and length > 1:
+        length //= 2
+        found = _largest(config, {**fields, "prompt_length": length}, method.free_size, budget)
+    return found
+
+
+def _largest(config: Any, fields: dict[str, Any], name: str | None, budget: int) -> Method | None:
+    """Returns the method with the largest size `name` that fits, or `None`."""
     if name is None:
         return None
 
