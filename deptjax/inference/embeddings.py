@@ -54,7 +54,7 @@ def embedder(
     if sites.input is None or sites.inner or method.tunes_backbone:
         raise UserError(
             f"method '{method.kind}' acts inside the backbone, not on its input alone, so no embeddings can stand for "
-            "it; use a prompt of dept or prompt_tuning"
+            "it; use a prompt of a method that acts at the input (dept, prompt_tuning, lopa; `deptjax methods` tells)"
         )
     try:
         preprocessor, reader = preprocessor_of(backbone, usable), SavedEncoders(backbone, encoder).of(usable)

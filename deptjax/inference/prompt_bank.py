@@ -26,7 +26,8 @@ import numpy as np
 
 from deptjax.errors import UserError, nearest
 from deptjax.inference.rows import Rows, front_of
-from deptjax.methods.base import Method
+from deptjax.inference.text_encoder import SavedEncoders, TextEncoder
+from deptjax.methods.base import ENCODER, Method
 from deptjax.methods.encoded import without_encoder
 from deptjax.methods.room import has_room, move_in, room_for
 from deptjax.models.backbone import Backbone
@@ -58,6 +59,7 @@ class PromptBank:
         parts that only training needs (P-tuning's network) what its runs save, since prompts are held so. A prompt
         that does not fit makes the bank larger, and batches are compiled anew. By default the largest of `prompts`.
       capacity: tasks to make room for at the start.
+      encoder: a loaded encoder for prompts that need one, in place of the one that each names.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class PromptBank:
         *,
         room: Method | None = None,
         capacity: int = 1,
+        encoder: Backbone | None = None,
     ) -> None:
         loaded = {name: self._checked(backbone, name, prompt) for name, prompt in (prompts or {}).items()}
         if room is None and not loaded:
@@ -76,6 +79,8 @@ class PromptBank:
         self._changing = threading.Lock()  # of who makes the next arrays, which may take long
         self._lock = threading.Lock()  # of who reads them or puts them in place
         self._slots: dict[str, int] = {}
+        self._encoders = SavedEncoders(backbone, encoder)
+        self._readers: dict[str, _Reader] = {}
         room_of_all, size = _Room.build(backbone, room_for(methods)), max(capacity, len(loaded), 1)
         self._free = list(range(size))
         self._now = _Arrays(room_of_all, room_of_all.empty(size), size)
@@ -135,27 +140,35 @@ class PromptBank:
         """Removes a task. Batches under way are not disturbed. Raises `UserError` for a name that is not there."""
         with self._lock:
             slot = self._slot(name)
-            del self._slots[name]
+            del self._slots[name], self._readers[name]
             self._free.append(slot)
 
-    def rows(self, names: Sequence[str]) -> Rows:
+    def rows(self, names: Sequence[str], texts: Sequence[str] | None = None) -> Rows:
         """Returns what a batch is run with whose row i belongs to task `names[i]`.
 
-        Of a method with an encoder, its vectors of the texts are still to be put into `encoding`.
-        Raises `UserError` for a name that is not there.
-        """
-        return self.take(names)[1]
+        Args:
+          names: of the tasks, B of them.
+          texts: B texts as the tasks' templates make them (without a masked model's mask), for methods with an encoder,
+            which reads each text once; `encoding` (B, H) is then what it says of them. Without texts it is left open.
 
-    def take(self, names: Sequence[str]) -> tuple[PromptedModel, Rows]:
+        Raises `UserError` for a name that is not there, and an encoder that cannot be loaded or is not the prompt's.
+        """
+        return self.take(names, texts)[1]
+
+    def take(self, names: Sequence[str], texts: Sequence[str] | None = None) -> tuple[PromptedModel, Rows]:
         """Returns what `rows` does, and the model that runs it, also when another thread makes the bank larger."""
         with self._lock:
             room, stack, _ = self._now
             slots = np.asarray([self._slot(name) for name in names], np.int32)
+            readers = [self._readers[name] for name in names]
             taken = _take(stack, slots)
         front = taken["front"]
         if front is None and room.has_prompt:
             front = _fronts(room.model, taken["trainable"], self._backbone.params, taken["length"])
-        return room.model, Rows(taken["trainable"], front, apart=True)
+        encoding = None
+        if texts is not None and room.model.method.encoder_choice() is not None:
+            encoding = _encodings(readers, names, texts)
+        return room.model, Rows(taken["trainable"], front, apart=True, encoding=encoding)
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -185,6 +198,7 @@ class PromptBank:
                 slot = self._slots[name] if name in self._slots else free[0]
                 self._now = _Arrays(room, _put(stack, slot, member), size)
                 self._slots[name] = slot
+                self._readers[name] = _Reader(self._encoders, prompt)
                 self._free = [place for place in free if place != slot]
 
     def _moved(self, old: _Arrays, method: Method) -> tuple[_Room, Tree]:
@@ -255,6 +269,36 @@ class _Arrays(NamedTuple):
     room: _Room
     stack: Tree
     size: int
+
+
+class _Reader:
+    """What reads the texts of a prompt, which is loaded when a text comes."""
+
+    def __init__(self, encoders: SavedEncoders, prompt: Prompt) -> None:
+        tuned = {name: tree for name, tree in prompt.trainable.items() if name == ENCODER}
+        self._encoders, self._prompt = encoders, dataclasses.replace(prompt, trainable=tuned)
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder:
+        encoder = self._encoders.of(self._prompt)
+        assert encoder is not None
+        return encoder
+
+
+def _encodings(readers: Sequence[_Reader], names: Sequence[str], texts: Sequence[str]) -> Array:
+    """Returns what each row's encoder says of its text, (B, H) float32."""
+    if len(texts) != len(readers):
+        raise UserError(f"{len(texts)} texts are given for {len(readers)} rows; give one for each")
+    found: dict[int, np.ndarray] = {}
+    for reader in dict.fromkeys(readers):
+        places = [place for place, own in enumerate(readers) if own is reader]
+        try:
+            encoder = reader.encoder
+        except UserError as error:
+            raise UserError(f"task '{names[places[0]]}': {error}") from None
+        vectors = encoder.vectors(encoder.tokens([texts[place] for place in places]))
+        found.update(zip(places, vectors, strict=True))
+    return jnp.asarray(np.stack([found[place] for place in range(len(readers))]))
 
 
 def usable_prompt(backbone: Backbone, prompt: Source, name: str) -> tuple[str, Prompt]:

@@ -1,4 +1,4 @@
-"""`TextEncoder`: texts as vectors, for methods whose prompt depends on the text. Each text is encoded once.
+"""`TextEncoder`: texts as vectors, for methods whose prompt depends on the text. Each is encoded once.
 
 An encoder has its own tokens of a text: what it reads is made of the text by its own tokenizer, whatever the backbone's
 tokens are. Vectors are kept, since a text comes again in every epoch, and in every task that is asked of it.
@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 # A batch has always so many rows, and a length that its longest text decides: so a text's bits do not depend on when it
 # is encoded, and a run that was resumed goes on with the vectors that it would have had.
 ROWS = 8
-KEPT_BYTES = 256 * 2**20
+# Vectors that are kept, in host memory: 393,000 texts, those of the largest task of GLUE, at 1,365 numbers a text. An
+# epoch goes over its texts in an order of its own, so of a task that is larger most are encoded again.
+KEPT_BYTES = 2 * 2**30
 
 
 class TextEncoder:
@@ -129,8 +131,10 @@ class TextEncoder:
         tuned = prompt.trainable.get(ENCODER)
         if tuned is None:
             return prompt
-        given = traverse_util.flatten_dict(with_layout(tuned, self.backbone.config.scan_layers))
-        wanted = self.encoding.parameters(self.backbone.params)
+        config = dataclasses.replace(self.backbone.config, quantize=None)  # as a prompt keeps what was tuned
+        given = traverse_util.flatten_dict(with_layout(tuned, config.scan_layers))
+        shapes = jax.eval_shape(lambda: config.make().init(jax.random.key(0), method="init_pass")["params"])
+        wanted = Encoding.of(config, self.choice).parameters(shapes)
         weights = {path: given[path] for path in traverse_util.flatten_dict(wanted) if path in given}
         weights = traverse_util.unflatten_dict(weights)
         if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, wanted):
@@ -151,7 +155,7 @@ class TextEncoder:
 
     def check_is(self, card: dict[str, Any] | None) -> None:
         """Raises `UserError` naming a field in which this encoder differs from what a prompt says of its own."""
-        if card is None:
+        if card is None:  # of the backbone, whose fingerprint the prompt has
             return
         wanted, actual = dict(card.get("fingerprint", {})), dict(self.backbone.fingerprint)
         if "vocabulary" in card:
@@ -293,7 +297,8 @@ class SavedEncoders:
         if tuned is None:
             return encoder
         weights = encoder.laid_out(prompt).trainable[ENCODER]
-        own = dataclasses.replace(encoder.backbone, params=jax.tree.map(jnp.asarray, weights))
+        config = dataclasses.replace(encoder.backbone.config, quantize=None)
+        own = dataclasses.replace(encoder.backbone, config=config, params=jax.tree.map(jnp.asarray, weights))
         return TextEncoder(own, frozen)
 
     def _opened(self, prompt: Prompt, choice: EncoderChoice) -> TextEncoder:
@@ -313,6 +318,11 @@ class SavedEncoders:
 
     def _opened_as(self, prompt: Prompt, choice: EncoderChoice, given: Backbone | None) -> TextEncoder:
         key = (choice, given is not None)
+        if prompt.encoder is None and choice.name != ITSELF:
+            raise UserError(
+                f"it was tuned with encoder '{choice.name}', and has no fingerprint of it (field encoder) to know it"
+                " by; tune it again, or set Prompt.encoder to the card of a TextEncoder"
+            )
         try:
             if key not in self._loaded:
                 self._loaded[key] = TextEncoder(_loaded(prompt.method, choice, self._backbone, given), choice)

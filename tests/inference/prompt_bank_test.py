@@ -13,11 +13,13 @@ import pytest
 from deptjax.errors import UserError
 from deptjax.inference.prompt_bank import PromptBank
 from deptjax.inference.rows import Rows, start_rows
-from deptjax.methods import DePT, LoRA, PromptTuning
-from deptjax.methods.base import Method
+from deptjax.inference.text_encoder import encoder_of
+from deptjax.methods import DePT, LoPA, LoRA, PromptTuning
+from deptjax.methods.base import Method, Texts
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama, tiny_t5
-from tests.cases import backbone_of, make_case, padded, rows_of
+from tests.cases import backbone_of, case_of, make_case, padded, rows_of
+from tests.reviews import review_prompt
 
 LENGTHS, NAMES = (7, 3, 5, 1), ("small", "large", "large", "small")
 SIZES: dict[str, tuple[Method, Method]] = {
@@ -28,6 +30,7 @@ SIZES: dict[str, tuple[Method, Method]] = {
     "prompt_tuning": (PromptTuning(3, "vocab"), PromptTuning(7, "random")),
     "lora": (LoRA(rank=2, alpha=3.0), LoRA(rank=3)),
 }
+WORDS = {"negative": "bad", "positive": "good"}
 CASES = [(f, k, s) for f in ("llama", "t5") for k in SIZES for s in (False, True)]
 CASES += [("gpt2", "dept", False), ("gpt2", "prompt_tuning", True)]
 start = jax.jit(start_rows, static_argnums=(0, 5))
@@ -83,6 +86,55 @@ def test_a_larger_prompt_makes_the_bank_larger(family: str) -> None:
     np.testing.assert_allclose(after[[0, 3]], before[[0, 3]], rtol=1e-5, atol=1e-5 * np.abs(before).max())
     wanted = alone(family, large)
     np.testing.assert_allclose(after[[1, 2]], wanted[[1, 2]], rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("method", ["lopa", "idpg", "attempt"])
+def test_a_prompt_that_depends_on_the_text_is_made_of_each_rows(family: str, method: str) -> None:
+    """Read by the prompt's own encoder, and as a `Predictor` has it."""
+    case = case_of(family, method)
+    task = {"input": "{text} {mask}", "verbalizers": WORDS} if case.backbone.config.is_masked else {}
+    one = review_prompt(case, **task)
+    two = dataclasses.replace(one, trainable=jax.tree.map(lambda leaf: -2 * leaf, one.trainable))
+    bank = PromptBank(case.backbone, {"one": one, "two": two})
+    texts, names = ["good film", "it was a very dull story", "bright"], ["two", "one", "two"]
+    rows = bank.rows(names, texts)
+    assert (rows.encoding is None) == (method == "attempt")  # which reads the text's embeddings
+    reader = encoder_of(case.model.method, case.backbone)
+    if reader is not None:
+        np.testing.assert_array_equal(rows.encoding, reader.vectors(reader.tokens(texts)))
+        assert bank.rows(names).encoding is None
+        with pytest.raises(UserError, match="2 texts are given for 3 rows; give one for each"):
+            bank.rows(names, texts[:2])
+    prompts = bank_prompts(bank, rows, texts)
+    assert prompts.shape[0] == 3
+    for row, (name, text) in enumerate(zip(names, texts, strict=True)):
+        alone = PromptBank(case.backbone, {name: {"one": one, "two": two}[name]})
+        np.testing.assert_allclose(
+            bank_prompts(alone, alone.rows([name], [text]), [text])[0], prompts[row], rtol=1e-5, atol=1e-5
+        )
+
+
+def bank_prompts(bank: PromptBank, rows: Rows, texts: list[str]) -> np.ndarray:
+    """Returns the prompt in front of each text, (B, M, D)."""
+    made = []
+    for i, text in enumerate(texts):
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], rows.trainable)
+        ids = jnp.asarray(bank._backbone.tokenizer(text)["input_ids"])
+        embeds = bank._backbone.embedding[ids][None]
+        said = Texts.whole(embeds, None if rows.encoding is None else rows.encoding[i : i + 1])
+        prompt, _ = bank.model.method.sites().input.apply({"params": own["input"]}, embeds, said, method="streams")
+        made.append(prompt[0])
+    return np.stack(made)
+
+
+def test_an_encoder_that_is_gone_is_told_when_a_text_comes() -> None:
+    case = make_case(backbone_of("llama"), LoPA(prompt_length=3, rank=2, hidden=4, encoder="./gone", encoder_width=24))
+    prompt = dataclasses.replace(case.prompt(), encoder={"name": "./gone", "fingerprint": {}})
+    bank = PromptBank(backbone_of("llama"), {"mine": prompt})
+    assert bank.rows(["mine"]).encoding is None
+    with pytest.raises(UserError, match=r"^task 'mine': .*gone.*: give the encoder that it was tuned with as encoder="):
+        bank.rows(["mine"], ["good film"])
 
 
 def test_tasks_come_and_go_without_compiling_anew() -> None:

@@ -15,12 +15,13 @@ import pytest
 from deptjax.errors import UserError
 from deptjax.inference import text_encoder
 from deptjax.inference.predictor import Predictor, evaluate
-from deptjax.inference.text_encoder import TextEncoder, encoder_of
+from deptjax.inference.text_encoder import SavedEncoders, TextEncoder, encoder_of
 from deptjax.methods import IDPG, LoPA
 from deptjax.methods.base import EncoderChoice
 from deptjax.models.layout import with_layout
 from deptjax.models.pooling import pool
 from deptjax.prompt import Prompt
+from deptjax.quantization import quantize_tree
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
 from deptjax.training.config import TrainConfig
 from deptjax.training.population import train_population
@@ -309,6 +310,13 @@ def test_a_tuned_encoder_is_used_in_the_other_layout_of_layers(tmp_path: pathlib
     scan = dataclasses.replace(loop, config=config, params=with_layout(loop.params, scan_layers=True))
     one, other = (Predictor(backbone, run.prompt)(TEXTS[:2]) for backbone in (loop, scan))
     assert [a.scores for a in other] == [pytest.approx(a.scores, abs=1e-5) for a in one]
+
+    quantised = dataclasses.replace(loop, config=dataclasses.replace(loop.config, quantize="int8"))
+    quantised = dataclasses.replace(quantised, params=quantize_tree(loop.params, "int8"))
+    saved = SavedEncoders(quantised).of(run.prompt)
+    assert saved is not None
+    tokens = saved.tokens(TEXTS[:2])
+    np.testing.assert_array_equal(saved.vectors(tokens), SavedEncoders(loop).of(run.prompt).vectors(tokens))  # type: ignore[union-attr]
 
     config = TrainConfig(start_from=str(run.workdir / "prompt"))
     started, _, _ = Tuning.prepare(scan, method, review_task(), config).start()

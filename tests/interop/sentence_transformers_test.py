@@ -97,9 +97,11 @@ def test_an_encoder_is_used_as_its_files_say(tmp_path: pathlib.Path, caplog: pyt
 
     saved = review_prompt(make_case(backbone, method.clone(encoder_width=24)))
     assert saved.method.encoder_pooling is None  # of a run from before these files were read
-    old = SavedEncoders(backbone).of(dataclasses.replace(saved, encoder=None))
+    old = SavedEncoders(backbone).of(dataclasses.replace(saved, encoder=encoder.card()))
     assert old is not None
     assert (old.encoding.pooling, old.encoding.normalize) == ("first", False)
+    with pytest.raises(UserError, match=r"has no fingerprint of it \(field encoder\) to know it by; tune it again"):
+        SavedEncoders(backbone).of(dataclasses.replace(saved, encoder=None))
 
 
 def test_what_is_not_implemented_has_to_be_named(tmp_path: pathlib.Path) -> None:
