@@ -1,4 +1,4 @@
-"""deptjax tunes prompts for frozen T5, LLaMA and GPT-2-family models in JAX, and uses them.
+"""deptjax tunes prompts for frozen T5, LLaMA, GPT-2 and BERT-family models in JAX, and uses them.
 
 ```python
 backbone = deptjax.load_backbone("t5-base")
