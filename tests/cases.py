@@ -188,6 +188,8 @@ def method_on(backbone: Backbone, name: str) -> Method:
     """Returns a method by its name, as it is tuned on a backbone."""
     if name == SOURCED:
         return ATTEMPT(5, source_prompts(backbone), 7, prompt_init="vocab")
+    if name == "accept" and backbone.width % 8:  # a prime: codewords of the whole width
+        return PROMPT_METHODS[name].clone(prompt_part=None, offset_part=None)  # type: ignore[attr-defined]
     return (METHODS | PROMPT_METHODS | ENCODED | VARIANTS)[name]
 
 

@@ -14,6 +14,7 @@ from deptjax.version import __version__
 COMMANDS = {
     "train": "tune a prompt (DePT, prompt tuning, LoRA, or the whole model) on a task",
     "search": "tune many prompts of one method at once: learning rates, seeds, tasks; keep the best",
+    "share": "tune one prompt that tasks share, for runs of mpt on other tasks to start from",
     "evaluate": "score a tuned prompt on a split of a task",
     "suite": "tune several methods on several tasks with several seeds, and report on them",
     "methods": "list the methods: paper, site, formula, and the parameters each trains on a backbone",

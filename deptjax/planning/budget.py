@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 from deptjax.errors import UserError
@@ -71,18 +73,25 @@ def _largest(config: Any, fields: dict[str, Any], name: str | None, budget: int)
     def sized(size: int) -> Method:
         return method_from_config({**fields, name: size})
 
-    def fits(size: int) -> bool:
+    @functools.cache
+    def count(size: int) -> float:
         try:
-            return trained_parameters(config, sized(size)) <= budget
+            return trained_parameters(config, sized(size))
         except UserError:  # of a size that the method cannot have on this backbone
-            return False
+            return math.inf
+
+    def fits(size: int) -> bool:
+        return count(size) <= budget
 
     if not fits(1):
         return None
     low, high = 1, 2
     while fits(high):
-        low, high = high, 2 * high
+        # Most counts grow evenly with the size: the largest is where a line through two of them meets the budget.
+        slope = (count(high) - count(low)) / (high - low)
+        guess = low + int((budget - count(low)) / slope) if slope > 0 else 2 * high
+        low, high = high, max(high + 1, guess + 1)
     while high - low > 1:
-        middle = (low + high) // 2
+        middle = high - 1 if fits(high - 1) else (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return sized(low)

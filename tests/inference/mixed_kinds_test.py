@@ -60,7 +60,7 @@ def test_rows_of_all_kinds_share_a_batch_and_answer_as_alone(family: str, ran: l
     places = [(name, text) for name in prompts for text in TEXTS[:4]]
     wanted = [answer for prompt in prompts.values() for answer in Predictor(backbone_of(family), prompt)(TEXTS[:4])]
     ran.clear()
-    answers = Predictor(backbone_of(family), prompts, batch_size=40)([t for _, t in places], [n for n, _ in places])
+    answers = Predictor(backbone_of(family), prompts, batch_size=44)([t for _, t in places], [n for n, _ in places])
     assert ran == [len(places)]
     for (name, _), answer, one in zip(places, answers, wanted, strict=True):
         assert answer.text == one.text
