@@ -46,6 +46,7 @@ FREE = {
     "prefix_tuning": ("prefix_length", 1),
     "deep_prompt_tuning": ("prompt_length", 1),
     "lora": ("rank", 1),
+    "attempt": ("bottleneck", 1),
 }
 
 
@@ -118,6 +119,13 @@ def test_mistakes_are_told_in_a_line(
     assert len(error.splitlines()) == 1
 
 
+def test_the_score_of_one_label_for_all_rows(asked: list[str]) -> None:
+    options = methods.parse([*asked[1:]])
+    rows = methods.suite_of(options, None).plan("unused").recipes[0].task.load().test
+    most = max(sum(row.values["label"] == label for row in rows) for label in ("negative", "positive"))
+    assert methods._one_label(options) == {"films": pytest.approx(most / len(rows))}
+
+
 def test_a_table_shows_scores_beside_costs() -> None:
     def run(step: float, predict: float) -> dict[str, object]:
         costs = {"step_s": step, "predict_s": predict, "peak_mib": 1000.0, "parameters": 1200, "others": 0.01}
@@ -143,4 +151,9 @@ def test_a_table_shows_scores_beside_costs() -> None:
     assert "| prompt_tuning | 1,200 | 50.0 ± 2.0 | 90.0 | 70.0 | 400 | 1.00 | 20.0 | 1,000 |" in table
     assert "| dept | 1,200 | – | – | – | 100 | 0.25 | 5.0 | 1,000 |" in table
     assert "medians of 1 to 3 round(s) of 24 steps and 200 predictions" in table
+    results["one_label"] = {"trec6": 0.25, "sms_spam": 0.865}
+    assert (
+        methods.markdown(results).splitlines()[-1]
+        == "| *always the same label* | 0 | 25.0 | 86.5 | 55.8 | – | – | – | – |"
+    )
     assert methods.markdown(results, ["dept"]).splitlines() == [*table.splitlines()[2:4], table.splitlines()[-1]]

@@ -6,9 +6,10 @@ import pathlib
 
 import pytest
 
+from deptjax.cli import settings
 from deptjax.cli.scopes import SuiteSettings
 from deptjax.data.paper_tasks import paper_settings
-from deptjax.methods import DePT, method_names
+from deptjax.methods import MPT, DePT, method_names
 from deptjax.models.sizes import SIZES
 from deptjax.planning.budget import trained_parameters
 
@@ -78,9 +79,18 @@ def test_settings_are_those_of_the_released_checkpoints_or_of_the_paper(
             assert found == RELEASED[name][:4]
 
 
+def test_what_a_shared_prompt_is_tuned_with_is_what_its_suite_is() -> None:
+    given = settings.merged([str(FOLDER.parent / "share" / "smollm2.gin")], [], {})
+    shared = settings.make_config(given, MPT())
+    of_suite = SuiteSettings([str(FOLDER / "methods_smollm2.gin")], [], {}).plan("unused").recipes[0].config(0)
+    assert settings.model_settings(given)["name_or_path"] == "packaged:smollm2-135m-instruct"
+    for field in ("batch_size", "buckets", "max_length", "eval_examples", "eval_batch_size"):
+        assert getattr(shared, field) == getattr(of_suite, field)
+
+
 def test_all_methods_stay_within_one_budget_and_use_most_of_it(tmp_path: pathlib.Path) -> None:
     config = SIZES["smollm2-135m"]
     recipes = SuiteSettings([str(FOLDER / "methods_smollm2.gin")], [], {}).plan(str(tmp_path)).recipes
     spent = {r.method.kind: trained_parameters(config, r.method.with_encoding_width(384)) for r in recipes}
-    assert set(method_names()) - set(spent) == {"full", "attempt"}
+    assert set(method_names()) - set(spent) == {"full"}
     assert all(0.85 * 57_600 < count <= 57_600 for count in spent.values()), spent
