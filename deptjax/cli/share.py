@@ -37,7 +37,7 @@ def _share(words: list[str]) -> int:
     from deptjax.errors import UserError
     from deptjax.training.shared import train_shared
 
-    parser = _parser()
+    parser = make_parser()
     options, bindings = parser.parse(words)
     given = settings.merged(options.get("gin_file", []), bindings, _as_mpt(parser, options))
     workdir = settings.text_of(given, "train", "workdir")
@@ -72,7 +72,8 @@ def _share(words: list[str]) -> int:
     return 0
 
 
-def _parser() -> Any:
+def make_parser() -> Any:
+    """Returns the parser of its flags."""
     from deptjax.cli import flags
 
     usage = "--teachers DIR,DIR --workdir DIR [FLAGS]"

@@ -89,6 +89,7 @@ def test_every_config_takes_a_step(
         *("--eval-every", 0, "--buckets", 1, "--workdir", tmp_path / "run"),
         # By the budget, 40 vectors and 256 rows leave no rank on a model so small.
         *(["--rank", 2, "--max-length", 24] if "methods/dept.gin" in config.read_text() else []),
+        *(["--verbalizers", "negative=bad,positive=good"] if "verbalizers" in config.read_text() else []),
     )
     assert ended.status == 0, ended.err
     assert (tmp_path / "run" / "prompt" / "prompt.safetensors").exists()

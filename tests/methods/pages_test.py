@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+from deptjax.cli import flags, settings, share
 from deptjax.cli.request import make_parser
 from deptjax.methods import method_class, method_names
 from deptjax.methods.base import method_fields
@@ -48,6 +49,28 @@ def test_the_page_of_a_way_to_start_has_the_same_parts_and_a_command_that_is_tak
     (command,) = re.findall(r"`deptjax train ([^`]+)`", text)
     options, _ = make_parser("deptjax train", "", "", "").parse(shlex.split(command))
     assert {"start-from", "few-shot"} <= {name.rpartition(".")[2].replace("_", "-") for name in options}
+
+
+COMMANDS = [
+    (page.stem, words)
+    for page in PAGES
+    for block in re.findall(r"^```bash\n(.+?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for words in (shlex.split(line) for line in block.replace("\\\n", " ").splitlines())
+]
+
+
+def test_there_are_commands() -> None:
+    assert {page for page, _ in COMMANDS} >= {"attempt", "mpt"}
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[page for page, _ in COMMANDS])
+def test_a_command_is_taken(page: str, words: list[str]) -> None:
+    program, command, *rest = words
+    assert program == "deptjax"
+    parser = {"train": lambda: make_parser("deptjax train", "", "", ""), "share": share.make_parser}[command]()
+    options, _ = parser.parse(rest)
+    if command == "train":
+        assert settings.make_method(flags.given_by_flags(options, parser)).kind == page
 
 
 def test_published_scores_are_the_same_on_all_pages() -> None:
