@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from deptjax.errors import UserError
 from deptjax.methods import initializers
 from deptjax.methods.base import Texts, Vocabulary, register_method
+from deptjax.methods.dept import rows_by_place
 from deptjax.methods.input_method import InputMethod
 from deptjax.typing import Array, Float, Key, Tree
 
@@ -131,18 +132,12 @@ class ACCEPT(InputMethod):
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
         """Returns the prompt (M, D) and the source embeddings with their offsets, in the dtype of `embeds`."""
-        width, length, positions = embeds.shape[-1], embeds.shape[1], texts.positions
-        if positions is None and length > self.max_length:
-            raise UserError(f"{length} tokens are more than max_length {self.max_length}; raise max_length")
+        width = embeds.shape[-1]
         prompt = mixed_codewords(*self._parts("prompt", self.prompt_length, width, self.prompt_codewords, 1.0))
         # torch's gain without `a` is sqrt(2), and 1/sqrt(3) with a = sqrt(5).
         gain = math.sqrt(6.0)
         weights, codebook = self._parts("offset", self.max_length, width, self.offset_codewords, gain)
-        # What the text has no place for is not mixed.
-        if positions is None:
-            weights = weights[:length]
-        else:  # an index outside gets zeros: no offset for padding, none behind max_length
-            weights = jnp.asarray(weights).at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
+        weights = rows_by_place(weights, texts.positions, embeds.shape[1])  # no others are mixed
         offset = mixed_codewords(weights, codebook).astype(embeds.dtype)
         return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset, embeds.shape)
 

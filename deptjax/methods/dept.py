@@ -22,7 +22,7 @@ from deptjax.errors import UserError
 from deptjax.methods import initializers
 from deptjax.methods.base import Texts, register_method
 from deptjax.methods.input_method import InputMethod
-from deptjax.typing import Array, Float
+from deptjax.typing import Array, Float, Int
 
 VANILLA_LENGTH = 100  # l, the length of the soft prompt whose parameter budget DePT shares
 
@@ -59,6 +59,25 @@ def scaling_factor(scaling: str | float, alpha: float, rank: int) -> float:
     if isinstance(scaling, str) and scaling not in named:
         raise UserError(f"scaling '{scaling}' is not known; use 'alpha/sqrt(rank)', 'none' or a number")
     return named[scaling] if isinstance(scaling, str) else float(scaling)
+
+
+def rows_by_place(
+    table: Float[Array, "X *R"], positions: Int[Array, "B T"] | None, length: int
+) -> Float[Array, "T *R"] | Float[Array, "B T *R"]:
+    """Returns for each token the row of its place in its own text: row i belongs to token i.
+
+    Args:
+      table: a row for each place.
+      positions: of the tokens, -1 for padding; `None` says that column i holds token i.
+      length: T.
+
+    Padding and what lies behind the table get zeros. Raises `UserError` where columns are more than the table's rows.
+    """
+    if positions is not None:
+        return jnp.asarray(table).at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
+    if length > table.shape[0]:
+        raise UserError(f"{length} tokens are more than max_length {table.shape[0]}; raise max_length")
+    return table[:length]
 
 
 @register_method
@@ -117,7 +136,6 @@ class DePT(InputMethod):
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
         """Returns the prompt (M, D) and the source embeddings with their offsets, in the dtype of `embeds`."""
-        positions = texts.positions
         width = embeds.shape[-1]
         rank = self.rank_at(width)
         prompt = self.param("prompt", nn.initializers.normal(1.0), (self.prompt_length, width))
@@ -125,12 +143,7 @@ class DePT(InputMethod):
         uniform = initializers.uniform_within(1.0 / math.sqrt(rank))
         a = self.param("lora_a", uniform, (self.max_length, rank))
         b = self.param("lora_b", nn.initializers.zeros, (rank, width))
-        if positions is None and embeds.shape[1] > self.max_length:
-            raise UserError(f"{embeds.shape[1]} tokens are more than max_length {self.max_length}; raise max_length")
-        if positions is None:
-            rows = a[: embeds.shape[1]]
-        else:  # an index outside of A gets zeros: no offset for padding, none behind max_length
-            rows = jnp.asarray(a).at[positions].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
+        rows = rows_by_place(a, texts.positions, embeds.shape[1])
         offset = dept_offset(rows, b, scaling_factor(self.scaling, self.alpha, rank))
         return prompt.astype(embeds.dtype), embeds + jnp.broadcast_to(offset.astype(embeds.dtype), embeds.shape)
 
