@@ -6,21 +6,29 @@ of the changed embeddings (T, D) of the text. So any server that runs the frozen
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deptjax.data.buckets import power_of_two
+from deptjax.data.pipeline import pad
 from deptjax.errors import UserError
 from deptjax.inference.inputs import Text, preprocessor_of, source_text, text_list, text_origin
 from deptjax.inference.prompt_bank import Source, usable_prompt
 from deptjax.inference.text_encoder import SavedEncoders
 from deptjax.methods.base import Texts
 from deptjax.models.backbone import Backbone
+from deptjax.typing import Array, Tree
 
 logger = logging.getLogger(__name__)
+
+ROWS = 8  # texts a batch, so that one program serves a length
 
 
 def input_embeddings(
@@ -60,22 +68,41 @@ def embedder(
         preprocessor, reader = preprocessor_of(backbone, usable), SavedEncoders(backbone, encoder).of(usable)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    module = backbone.module()
-    trainable = jax.tree.map(jnp.asarray, usable.trainable["input"])
+    frozen, trainable = backbone.params, jax.tree.map(jnp.asarray, usable.trainable["input"])
+    programs = backbone.module(), sites.input
 
-    def embed(text: Text, origin: str) -> tuple[str, np.ndarray]:
-        filled, cut = source_text(preprocessor.task, text, origin), preprocessor.cut_count
-        (tokens,) = preprocessor.encode_texts([filled], [origin])
+    def embed(some: Sequence[tuple[int, Text]]) -> Iterator[tuple[str, np.ndarray]]:
+        origins, cut = [text_origin(text, number) for number, text in some], preprocessor.cut_count
+        filled = [source_text(preprocessor.task, text, at) for (_, text), at in zip(some, origins, strict=True)]
+        tokens = preprocessor.encode_texts(filled, origins)
         if cut == 0 and preprocessor.cut_count:
             logger.warning("texts of more than %d tokens, the prompt's max_length, are cut", preprocessor.max_length)
-        embeds = module.apply({"params": backbone.params}, jnp.asarray(tokens)[None], method="embed")
+        rows = [*tokens, *tokens[-1:] * (ROWS - len(tokens))]
         encoding = None
         if reader is not None:
-            encoding = jnp.asarray(reader.vectors(reader.tokens(preprocessor.unmasked([filled]))))
-        texts = Texts.whole(embeds, encoding)
-        vectors, embeds = sites.input.apply({"params": trainable}, embeds, texts, method="streams")
-        if vectors is None:
-            return filled, np.asarray(embeds[0])
-        return filled, np.concatenate([np.asarray(vectors).reshape(-1, backbone.width), np.asarray(embeds[0])])
+            read = reader.vectors(reader.tokens(preprocessor.unmasked(filled)))
+            encoding = np.concatenate([read, np.repeat(read[-1:], ROWS - len(read), axis=0)])
+        ids, mask = pad(rows, power_of_two(max(map(len, tokens))))
+        prompts, embeds = jax.device_get(_streams(programs, frozen, trainable, ids, mask, encoding))
+        for place, (text, own) in enumerate(zip(filled, tokens, strict=True)):
+            changed = embeds[place, : len(own)]
+            prompt = [] if prompts is None else [prompts if prompts.ndim == 2 else prompts[place]]
+            yield text, np.concatenate([*prompt, changed])
 
-    return lambda texts: (embed(text, text_origin(text, number)) for number, text in enumerate(texts, 1))
+    def embed_all(texts: Iterable[Text]) -> Iterator[tuple[str, np.ndarray]]:
+        numbered = enumerate(texts, 1)
+        while some := list(itertools.islice(numbered, ROWS)):
+            yield from embed(some)
+
+    return embed_all
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _streams(
+    programs: tuple[Any, Any], frozen: Tree, trainable: Tree, ids: Array, mask: Array, encoding: Array | None
+) -> tuple[Array | None, Array]:
+    """Returns the prompt of a batch, (M, D) or (B, M, D), and its changed embeddings (B, T, D)."""
+    module, fill = programs
+    embeds = module.apply({"params": frozen}, ids, method="embed")
+    positions = jnp.where(mask, jnp.arange(ids.shape[1])[None], -1)
+    return fill.apply({"params": trainable}, embeds, Texts(mask, positions, encoding), method="streams")  # type: ignore[no-any-return]

@@ -13,10 +13,11 @@ import pytest
 
 import deptjax
 from deptjax.errors import UserError
+from deptjax.inference import embeddings
 from deptjax.models.backbone import Backbone
 from deptjax.prompt import Prompt
 from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
-from tests.cases import METHODS, Case, make_case
+from tests.cases import METHODS, Case, case_of, make_case
 
 TEXTS = ["a film", "the plot was very very bad", "good story ? yes , it is fine"]
 
@@ -69,6 +70,19 @@ def test_they_are_the_prompt_and_the_changed_embeddings() -> None:
         wanted = np.concatenate([p, np.asarray(backbone.embedding)[ids] + offsets])
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dept", "adept", "accept", "lopa", "attempt", "mpt"])
+def test_a_text_is_what_it_is_alone_and_lengths_are_compiled_once(method: str) -> None:
+    case = case_of("llama", method)
+    prompt, texts = prompt_of(case), [" ".join(["good film story"] * (1 + i % 3)) for i in range(19)]
+    found = deptjax.input_embeddings(case.backbone, prompt, texts)
+    compiled = embeddings._streams._cache_size()
+    for text, got in zip(texts[:4], found, strict=False):
+        (wanted,) = deptjax.input_embeddings(case.backbone, prompt, [text])
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert [len(one) for one in found[:3]] == [len(found[0]) + 3 * i for i in range(3)]
+    assert embeddings._streams._cache_size() - compiled <= 1  # of the length of a short text alone
 
 
 def test_dtype_and_scan_do_not_matter_but_for_rounding() -> None:
