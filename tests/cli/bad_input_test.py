@@ -287,7 +287,7 @@ def test_a_damaged_prompt(
 def test_other_commands(deptjax: Command) -> None:
     error = deptjax("trian").error
     assert error == f"there is no command 'trian'; there are {', '.join(COMMANDS)}. Did you mean 'train'?"
-    assert "search, evaluate" in error
+    assert "search, share, evaluate" in error
     assert "no --prompt; it names a saved prompt" in deptjax("predict").error
     assert "no --prompt; it names a saved prompt" in deptjax("evaluate").error
 
