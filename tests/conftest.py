@@ -42,6 +42,24 @@ if importlib.util.find_spec("torch") is None:
     _TESTS = pathlib.Path(__file__).parent
     collect_ignore = [str(file) for file in _TESTS.rglob("*_test.py") if "\nimport torch\n" in file.read_text()]
 
+# Files that take the longest, the longest first: begun last, one of them would keep a single worker busy at the end.
+LONGEST = (
+    "planning/tpu_test.py",
+    "sharding/presets_test.py",
+    "hosts/runs_test.py",
+    "notebooks_test.py",
+    "inference/mixed_kinds_test.py",
+    "hosts/stop_test.py",
+    "training/resume_test.py",
+    "sharding/loading_test.py",
+    "benchmarks_methods_test.py",
+    "cli/suite_test.py",
+    "readme_test.py",
+    "cli/predict_test.py",
+    "benchmarks_test.py",
+    "sharding/runs_test.py",
+)
+
 _STATUS = pathlib.Path("/proc/self/status")
 _MUCH_MIB = 3072
 
@@ -58,6 +76,14 @@ def _oracle_or_skip() -> Iterator[None]:
 
 
 pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_oracle_or_skip)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take the longest in front."""
+    tests = pathlib.Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    assert all(file.is_file() for file in places), "LONGEST names a file that is gone"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.hookimpl(wrapper=True)
