@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
 PROMPT_METHODS: dict[str, Method] = {
     "accept": ACCEPT(5, 4, 3, MAX_LENGTH, 8, 2, prompt_init="vocab"),
     "adept": ADePT(prompt_length=5, rank=3, prompt_init="vocab"),
-    "deep_prompt_tuning": DeepPromptTuning(prompt_length=5),
+    "deep_prompt_tuning": DeepPromptTuning(prompt_length=5, mode="replace"),
     "dpt": DPT(prompt_length=5, rank=3),
     "mpt": MPT(prompt_length=5),
     "p_tuning": PTuning(prompt_length=5, hidden=7, network="lstm"),

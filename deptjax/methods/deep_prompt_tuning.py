@@ -1,12 +1,16 @@
 """Deep prompt tuning: trained vectors at the prompt's positions of every layer, not of the input alone.
 
-    replace    x_i = [P_i; text part of what block i-1 gives]               P_i (M, D) trained, one a layer
-    add        x_i = [prompt part of it + P_i; text part of it]             behind a trained prompt in front, P_i from 0
+    add        x_i = [prompt part of what block i-1 gives + P_i; text part of it]      P_i (M, D) trained, one a layer
+    replace    x_i = [P_i; text part of it]
 
 Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119 (VPT-deep), replace: what a block makes of its prompt is
 given up for the next layer's own. M-IDPG (Wu et al., NAACL 2022, arXiv 2204.04497) adds. P-tuning v2, whose released
-code gives each layer keys and values, is in `prefix_tuning`. P_i starts from U(-sqrt(3 / D), sqrt(3 / D)), of RMS
-1 / sqrt(D), when it replaces. Layers are those of a causal or masked model, or of an encoder-decoder's encoder.
+code gives each layer keys and values, is in `prefix_tuning`. P_i starts from 0, behind a trained prompt in front, when
+it adds, and from U(-sqrt(3 / D), sqrt(3 / D)), of RMS 1 / sqrt(D), when it replaces. Layers are those of a causal or
+masked model, or of an encoder-decoder's encoder.
+
+Adding is the default: the tokens of a causal language model attend to the first positions whatever these hold, and to
+give up their states takes more steps to mend than a short run has (docs/methods/deep_prompt_tuning.md has both measured).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from deptjax.methods.base import Filled, Method, Sites, StreamSite, Texts, Vocab
 from deptjax.methods.prompt_tuning import PromptTuning
 from deptjax.typing import Array, Float, Key, Tree
 
-MODES = ("replace", "add")
+MODES = ("add", "replace")
 
 
 class PromptPlaces(nn.Module):
@@ -65,7 +69,7 @@ class DeepPromptTuning(Method):
 
     Attributes:
       prompt_length: M, vectors in front of the text.
-      mode: `replace` puts each layer's own vectors into the prompt's places, `add` adds them to what is there.
+      mode: `add` adds each layer's own vectors to what is in the prompt's places, `replace` puts them there.
       prompt_init: of the prompt in front, with `mode="add"`: start from text, vocab (sampled), labels, random numbers
         (random), or a saved prompt's folder.
       prompt_text: the text that it starts from, with `prompt_init="text"`.
@@ -73,7 +77,7 @@ class DeepPromptTuning(Method):
 
     kind = "deep_prompt_tuning"
     paper = "Jia et al., Visual Prompt Tuning, ECCV 2022, arXiv 2203.12119 (VPT-deep)"
-    formula = "M D for each layer"
+    formula = "M D, and M D for each layer"
     free_size = "prompt_length"
     letters = {"M": "prompt_length"}
     starts_plain = False
@@ -81,7 +85,7 @@ class DeepPromptTuning(Method):
     free = ("prompt_init", "prompt_text")
 
     prompt_length: int = 20
-    mode: str = "replace"
+    mode: str = "add"
     prompt_init: str = "text"
     prompt_text: str = initializers.DEFAULT_TEXT
 

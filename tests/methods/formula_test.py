@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deptjax.methods import ATTEMPT, IDPG, Method, PTuning, method_class, method_names
+from deptjax.methods import ATTEMPT, IDPG, DeepPromptTuning, Method, PTuning, method_class, method_names
 from deptjax.methods.base import method_fields
 from deptjax.models.prompted import PromptedModel
 from deptjax.training.state import count_trained
@@ -20,6 +20,7 @@ CASES: dict[str, Method] = {
     # The formulas are of the default networks.
     "p_tuning": PTuning(prompt_length=5, hidden=7),
     "idpg": IDPG(prompt_length=5, hidden=6, factors=3),
+    "deep_prompt_tuning": DeepPromptTuning(prompt_length=5),
     "attempt": ATTEMPT(5, "a,b", bottleneck=7),
 }
 ON = [("llama", name) for name in CASES] + [("t5", "lora"), ("t5", "prefix_tuning")]
@@ -54,12 +55,14 @@ def test_the_formula_is_the_number_of_parameters(family: str, name: str) -> None
     letters |= {"D": backbone.width, "K": getattr(c, "num_kv_heads", c.num_heads)}
     if "H" not in letters:
         letters["H"] = c.head_dim
-    formula, _, place = model.method.formula.partition(" for each ")
+    whole, _, place = model.method.formula.partition(" for each ")
+    once, _, formula = whole.rpartition(", and ")
     found = [{}] if not place else []
     for _, beside in places(shapes.get("backbone", {}), backbone.params):
         kernel = beside.get("kernel")
         found.append({} if kernel is None else dict(zip("IO", kernel.shape, strict=True)))
-    assert count_trained(shapes, model.method.groups(shapes)) == sum(value(formula, letters | own) for own in found)
+    wanted = sum(value(formula, letters | own) for own in found) + (value(once, letters) if once else 0)
+    assert count_trained(shapes, model.method.groups(shapes)) == wanted
 
 
 def test_every_method_says_where_it_is_from_and_what_it_costs() -> None:

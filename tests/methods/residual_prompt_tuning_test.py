@@ -55,7 +55,9 @@ def size_of(method: ResidualPromptTuning, width: int) -> int:
 def test_parameter_counts() -> None:
     """925K on T5-large with 100 vectors, as Xiao et al. 2023 (DPT) count it."""
     assert size_of(ResidualPromptTuning(prompt_length=100), 1024) == 925_072
-    shared, separate = (ResidualPromptTuning(prompt_length=M, bottleneck=H, separate=s, norm=False) for s in (0, 1))
+    shared, separate = (
+        ResidualPromptTuning(prompt_length=M, bottleneck=H, separate=s, norm=False) for s in (False, True)
+    )
     assert size_of(shared, D) == M * D + 2 * D * H + H + D
     assert size_of(separate, D) == M * (D + 2 * D * H + H + D)
 
