@@ -10,7 +10,7 @@ it adds, and from U(-sqrt(3 / D), sqrt(3 / D)), of RMS 1 / sqrt(D), when it repl
 masked model, or of an encoder-decoder's encoder.
 
 Adding is the default: the tokens of a causal language model attend to the first positions whatever these hold, and to
-give up their states takes more steps to mend than a short run has (docs/methods/deep_prompt_tuning.md has both measured).
+give up their states takes more steps to mend than a short run has: docs/methods/deep_prompt_tuning.md has both measured.
 """
 
 from __future__ import annotations

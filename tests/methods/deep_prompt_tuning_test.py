@@ -132,7 +132,7 @@ def test_decoding_has_the_logits_of_training() -> None:
 
 
 def test_mistakes_and_groups() -> None:
-    with pytest.raises(UserError, match="deep_prompt_tuning: mode 'ad' is not add or replace. Did you mean 'add'"):
+    with pytest.raises(UserError, match=r"mode 'ad' is not add or replace. Did you mean 'add'"):
         DeepPromptTuning(mode="ad")
     with pytest.raises(UserError, match="deep_prompt_tuning: prompt_length is 0"):
         DeepPromptTuning(prompt_length=0)
