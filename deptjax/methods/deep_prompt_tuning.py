@@ -9,8 +9,8 @@ code gives each layer keys and values, is in `prefix_tuning`. P_i starts from 0,
 it adds, and from U(-sqrt(3 / D), sqrt(3 / D)), of RMS 1 / sqrt(D), when it replaces. Layers are those of a causal or
 masked model, or of an encoder-decoder's encoder.
 
-Adding is the default: the tokens of a causal language model attend to the first positions whatever these hold, and to
-give up their states takes more steps to mend than a short run has: docs/methods/deep_prompt_tuning.md has both measured.
+Adding is the default. The tokens of a causal language model attend to the first positions whatever these hold, and to
+give up their states takes more steps to mend than a short run has; the page of the method has both measured.
 """
 
 from __future__ import annotations
