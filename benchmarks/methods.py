@@ -1,6 +1,6 @@
 """What every method of a suite costs: seconds a step, seconds for 1,000 predictions, memory; beside its test scores.
 
-    deptjax suite --gin-file configs/suites/methods_smollm2.gin --workdir runs/methods     # the scores, four hours
+    deptjax suite --gin-file configs/suites/methods_smollm2.gin --workdir runs/methods     # the scores
     python benchmarks/methods.py --suite runs/methods                                      # what they cost
     python benchmarks/methods.py --suite runs/methods --resume                             # goes on; reads scores anew
     python benchmarks/methods.py --table --write-page docs/methods.md --write-pages docs/methods
@@ -173,33 +173,42 @@ def run_side(options: argparse.Namespace) -> Record:
 
 
 def markdown(results: Record, kinds: list[str] | None = None) -> str:
-    """Returns the table of these methods, by default all: scores of the suite, medians over the rounds of each cost."""
+    """Returns two tables of these methods, by default all: the suite's scores, and what each costs."""
+    told = [] if kinds is not None else [_told(results), ""]
+    chosen = list(results["methods"]) if kinds is None else kinds
+    return "\n".join([*told, *_score_table(results, chosen, whole=kinds is None), "", *_cost_table(results, chosen)])
+
+
+def _score_table(results: Record, kinds: list[str], whole: bool) -> list[str]:
     scores = {(entry["task"], entry["method"]): entry for entry in results["scores"]}
     tasks = [task for task in dict.fromkeys(task for task, _ in scores) if task != AVERAGE]
     columns = [*tasks, AVERAGE] if len(tasks) > 1 else tasks
-    costs = {kind: _costs(own["runs"]) for kind, own in results["methods"].items()}
-    reference = costs.get(REFERENCE)
-    header = ["method", "trained", *columns, "ms a step", "of prompt tuning's", "s for 1,000 predictions", "peak MiB"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for kind in results["methods"] if kinds is None else kinds:
-        own = costs[kind]
+    rows = [["method", *columns]]
+    for kind in kinds:
         tested = [scores.get((column, kind)) for column in columns]
-        ratio = NONE if reference is None else f"{own['step_s'] / reference['step_s']:.2f}"
-        cells = [
-            kind,
-            count_text(results["methods"][kind]["runs"][0]["parameters"]),
-            *(NONE if entry is None else score_text(entry) for entry in tested),
-            f"{own['step_s'] * 1000:.0f}",
-            ratio,
-            f"{own['predict_s']:.1f}",
-            f"{own['peak_mib']:,.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if kinds is None and (one := results.get("one_label")):
-        mean = {AVERAGE: statistics.fmean(one.values())} if len(one) > 1 else {}
-        cells = [f"{100 * value:.1f}" for value in ({**one, **mean}[column] for column in columns)]
-        lines.append(f"| *always the same label* | 0 | {' | '.join(cells)} |{f' {NONE} |' * 4}")
-    return "\n".join(lines) if kinds is not None else "\n".join([*_told(results), "", *lines])
+        rows.append([kind, *(NONE if entry is None else score_text(entry) for entry in tested)])
+    if whole and (one := results.get("one_label")):
+        mean = {AVERAGE: statistics.fmean(one[task] for task in tasks)}
+        rows.append(["*always the same label*", *(f"{100 * {**one, **mean}[column]:.1f}" for column in columns)])
+    return _lines(rows)
+
+
+def _cost_table(results: Record, kinds: list[str]) -> list[str]:
+    reference = results["methods"].get(REFERENCE)
+    rows = [["method", "trained", "ms a step", "of prompt tuning's", "s for 1,000 predictions", "peak MiB"]]
+    for kind in kinds:
+        runs = results["methods"][kind]["runs"]
+        own = _costs(runs)
+        ratio = NONE if reference is None else f"{own['step_s'] / _costs(reference['runs'])['step_s']:.2f}"
+        times = [f"{own['step_s'] * 1000:.0f}", ratio, f"{own['predict_s']:.1f}", f"{own['peak_mib']:,.0f}"]
+        rows.append([kind, count_text(runs[0]["parameters"]), *times])
+    return _lines(rows)
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    """Returns rows of cells, the first of them the header, as a Markdown table."""
+    header, *others = (f"| {' | '.join(cells)} |" for cells in rows)
+    return [header, "|---" * len(rows[0]) + "|", *others]
 
 
 def _costs(runs: list[Record]) -> dict[str, float]:
@@ -208,18 +217,18 @@ def _costs(runs: list[Record]) -> dict[str, float]:
     return {**found, "peak_mib": min(run["peak_mib"] for run in runs)}
 
 
-def _told(results: Record) -> list[str]:
+def _told(results: Record) -> str:
     """Returns what must be known to read the table."""
     runs = [run for own in results["methods"].values() for run in own["runs"]]
     first, made = runs[0], results["settings"]
     rounds = sorted({len(own["runs"]) for own in results["methods"].values()})
-    return [
+    return (
         f"`{made['gin_file']}`; test scores times 100, mean ± sample standard deviation over the seeds where there are"
         f" several. Costs on {first['task']}: medians of {' to '.join(map(str, dict.fromkeys(rounds)))} round(s) of"
         f" {made['steps']} steps and {made['predictions']} predictions, each in a process of its own;"
         f" {first['device']}, {results['machine']['cpu']}, {results['machine']['cores']} cores, jax {first['jax']},"
-        f" {results['machine']['date']}, other work at most {max(run['others'] for run in runs):.0%} of the machine.",
-    ]
+        f" {results['machine']['date']}, other work at most {max(run['others'] for run in runs):.0%} of the machine."
+    )
 
 
 METHODS = Benchmark("methods", measure, markdown)
