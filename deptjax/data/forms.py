@@ -15,6 +15,7 @@ a space in front of it where the template has one (RoBERTa's tokens know of it).
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -22,6 +23,18 @@ from deptjax.data.tasks import Task
 from deptjax.errors import UserError
 
 WRITES_NO_TEXT = "a masked model fills one place and writes no text"
+
+# A tokenizer of transformers keeps from one call to the next whether it cuts: of two calls at once, one may cut what
+# the other is not to cut, or not cut at all. One lock for all, for a model and its encoder may have the same tokenizer.
+_TOKENIZING = threading.Lock()
+
+
+def token_ids(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:
+    """Returns the token ids of texts, with the options of a transformers tokenizer; from several threads, in turn."""
+    if not texts:  # of which some tokenizers make an error
+        return []
+    with _TOKENIZING:
+        return [list(ids) for ids in tokenizer(texts, verbose=False, **options)["input_ids"]]
 
 
 class Tokenizer(Protocol):
@@ -104,9 +117,7 @@ class Form:
 
     def ids(self, texts: list[str], special: bool) -> list[list[int]]:
         """Returns what the tokenizer makes of texts, with its special tokens or without."""
-        if not texts:  # of which some tokenizers make an error
-            return []
-        return [list(ids) for ids in self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]]
+        return token_ids(self._tokenizer, texts, add_special_tokens=special)
 
     def _suffix_of(self, text: str) -> str:
         return self._suffix if text.endswith(self._suffix) else ""

@@ -66,7 +66,7 @@ class Predictor:
         self._batches = Batches(backbone, batch_size)
         if decoding is not None and backbone.config.is_masked:
             raise UserError(f"decoding: {WRITES_NO_TEXT}; leave it out, or take another backbone")
-        self._tokenizing = threading.Lock()  # tokenizers are not made to be called by two threads at once
+        self._tokenizing = threading.Lock()  # preprocessors count what they cut
         self._served = ServedTasks(backbone, on_too_long, self._tokenizing, encoder)
         if not isinstance(prompts, Mapping):
             _, only = usable_prompt(backbone, prompts, "prompt")

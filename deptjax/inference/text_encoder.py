@@ -21,6 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from deptjax.data.buckets import power_of_two
+from deptjax.data.forms import token_ids
 from deptjax.data.pipeline import pad
 from deptjax.errors import UserError
 from deptjax.methods.base import ENCODER, POOLINGS, EncoderChoice, Method
@@ -37,8 +38,9 @@ logger = logging.getLogger(__name__)
 # A batch has always so many rows, and a length that its longest text decides: so a text's bits do not depend on when it
 # is encoded, and a run that was resumed goes on with the vectors that it would have had.
 ROWS = 8
-# Vectors that are kept, in host memory: 393,000 texts, those of the largest task of GLUE, at 1,365 numbers a text. An
-# epoch goes over its texts in an order of its own, so of a task that is larger most are encoded again.
+# Vectors that each encoder keeps, with their tokens, in host memory: 393,000 texts, those of the largest task of GLUE,
+# at 1,300 numbers a text. An epoch goes over its texts in an order of its own, so of a task that is larger most are
+# encoded again.
 KEPT_BYTES = 2 * 2**30
 
 
@@ -60,18 +62,15 @@ class TextEncoder:
         self.encoding, self.width = Encoding.of(backbone.config, choice), backbone.width
         context = backbone.config.context
         self._limit = choice.max_length if context is None else min(choice.max_length, context)
+        self._check_limit()
         self._kept: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
+        self._kept_bytes = 0
         self._lock = threading.Lock()
         self._told_cut = False
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns each text's token ids (E,) int32 as the encoder takes them, cut to its `max_length`.
-
-        Not for two threads at once, as tokenizers are not.
-        """
-        if not texts:
-            return []
-        found = list(self.backbone.tokenizer(list(texts), verbose=False)["input_ids"])
+        """Returns each text's token ids (E,) int32 as the encoder takes them, cut to its `max_length`."""
+        found = token_ids(self.backbone.tokenizer, list(texts))
         if long := [place for place, row in enumerate(found) if len(row) > self._limit]:
             if not self._told_cut:
                 self._told_cut = True
@@ -79,13 +78,24 @@ class TextEncoder:
                     "encoder '%s': texts of more than %d tokens, encoder_length, are cut", self.choice.name, self._limit
                 )
             # By the tokenizer, which knows what stands at a text's end whatever its length.
-            cut = self.backbone.tokenizer([texts[place] for place in long], truncation=True, max_length=self._limit)
-            for place, row in zip(long, cut["input_ids"], strict=True):
+            some = [texts[place] for place in long]
+            cut = token_ids(self.backbone.tokenizer, some, truncation=True, max_length=self._limit)
+            for place, row in zip(long, cut, strict=True):
                 found[place] = row
         for text, row in zip(texts, found, strict=True):
             if not row:
                 raise UserError(f"encoder '{self.choice.name}': the text {text!r:.40} has no tokens; give a text")
         return [np.asarray(row, np.int32) for row in found]
+
+    def _check_limit(self) -> None:
+        if self.backbone.tokenizer is None:  # an encoder that is given tokens alone
+            return
+        around = self.backbone.tokenizer.num_special_tokens_to_add()
+        if self._limit <= around:
+            raise UserError(
+                f"encoder '{self.choice.name}': encoder_length is {self._limit}, and its tokenizer puts {around} tokens"
+                " of its own around a text; give it more"
+            )
 
     def vectors(self, rows: Sequence[np.ndarray], weights: Tree | None = None) -> np.ndarray:
         """Returns the vectors (N, H) float32 of texts in the encoder's tokens; `weights` replace its own."""
@@ -95,13 +105,16 @@ class TextEncoder:
         with self._lock:
             known = {key: self._kept[key] for key in keys if key in self._kept}
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
-        known.update(zip(new, self._encoded(list(new.values()), self.backbone.params), strict=True))
+        made = self._encoded(list(new.values()), self.backbone.params)
+        known.update((key, vector.copy()) for key, vector in zip(new, made, strict=True))  # each may go alone
         with self._lock:
-            self._kept.update(known)
-            for key in known:
+            for key, vector in known.items():
+                self._kept_bytes += 0 if key in self._kept else len(key) + vector.nbytes
+                self._kept[key] = vector
                 self._kept.move_to_end(key)
-            while len(self._kept) * self.width * 4 > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            while self._kept_bytes > KEPT_BYTES:
+                oldest, gone = self._kept.popitem(last=False)
+                self._kept_bytes -= len(oldest) + gone.nbytes
         return np.stack([known[key] for key in keys])
 
     def tuned(self, remat: str) -> Encoding:
@@ -254,10 +267,7 @@ def _pooled(choice: EncoderChoice, encoder: Backbone) -> EncoderChoice:
 
 
 def _loaded(method: Method, choice: EncoderChoice, backbone: Backbone, given: Backbone | None) -> Backbone:
-    if not (given is None or isinstance(given, Backbone)):
-        raise UserError(
-            f"encoder is a {type(given).__name__}; give a Backbone, from load_backbone, or name it in the method"
-        )
+    check_encoder(given)
     if given is None and choice.name == ITSELF and jax.process_count() > 1:
         raise UserError(
             f"{method.kind}: encoder 'backbone' is not for several hosts, each of which encodes texts of its own; name "
@@ -266,8 +276,18 @@ def _loaded(method: Method, choice: EncoderChoice, backbone: Backbone, given: Ba
     loaded = given or (backbone if choice.name == ITSELF else load_encoder(choice.name, f"{method.kind}: encoder"))
     width = getattr(method, "encoder_width", None)
     if width not in (None, loaded.width):
-        raise UserError(f"{method.kind}: encoder_width is {width}, and encoder '{loaded.name}' has {loaded.width}")
+        raise UserError(
+            f"{method.kind}: encoder_width is {width}, and encoder '{loaded.name}' has {loaded.width}; leave it out"
+        )
     return loaded
+
+
+def check_encoder(given: Any) -> None:
+    """Raises `UserError` for what is given as an encoder and is neither a `Backbone` nor `None`."""
+    if not (given is None or isinstance(given, Backbone)):
+        raise UserError(
+            f"encoder is a {type(given).__name__}; give a Backbone, from load_backbone, or name it in the method"
+        )
 
 
 class SavedEncoders:
@@ -276,9 +296,12 @@ class SavedEncoders:
     Args:
       backbone: the model that the prompts are for.
       given: a loaded encoder, in place of the one that prompts name; the backbone itself needs no other place.
+
+    Raises `UserError` for one that is not loaded.
     """
 
     def __init__(self, backbone: Backbone, given: Backbone | None = None) -> None:
+        check_encoder(given)
         self._backbone, self._given = backbone, given
         self._loaded: dict[tuple[EncoderChoice, bool], TextEncoder] = {}
 

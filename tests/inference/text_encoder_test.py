@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
+import threading
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from deptjax.models.layout import with_layout
 from deptjax.models.pooling import pool
 from deptjax.prompt import Prompt
 from deptjax.quantization import quantize_tree
-from deptjax.testing import save_hf_folder, tiny_llama, tiny_t5
+from deptjax.testing import save_hf_folder, tiny_bert, tiny_llama, tiny_t5
 from deptjax.training.config import TrainConfig
 from deptjax.training.population import train_population
 from deptjax.training.run import train
@@ -228,6 +229,44 @@ def test_only_what_is_longer_than_the_limit_is_cut_and_told(caplog: pytest.LogCa
     assert [r.message for r in caplog.records] == [
         f"encoder 'reader': texts of more than {len(exact)} tokens, encoder_length, are cut"
     ]
+    with pytest.raises(UserError, match="'bert': encoder_length is 2, and its tokenizer puts 2 tokens of its own"):
+        TextEncoder(tiny_bert(), choice(name="bert", max_length=2))
+
+
+def test_threads_that_share_a_tokenizer_get_their_own_lengths() -> None:
+    """One cuts and the other does not, and the tokenizer keeps what it was told last."""
+    backbone, text = backbone_of("llama"), "the film is good " * 100
+    cutting = TextEncoder(backbone, choice(max_length=6))
+    whole = TextEncoder(backbone, choice(max_length=1000))
+    found: dict[str, set[int]] = {"cut": set(), "whole": set()}
+
+    def read(name: str, encoder: TextEncoder) -> None:
+        for _ in range(100):
+            found[name] |= {len(row) for row in encoder.tokens([text] * 4)}
+
+    threads = [threading.Thread(target=read, args=each) for each in (("cut", cutting), ("whole", whole)) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found["cut"] == {6}
+    assert len(found["whole"]) == 1
+    assert found["whole"] != {6}
+
+
+def test_what_is_kept_is_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of("llama")
+    encoder = TextEncoder(backbone, choice())
+    rows = encoder.tokens(TEXTS)
+    one = rows[0].nbytes + 4 * backbone.width
+    monkeypatch.setattr(text_encoder, "KEPT_BYTES", one + rows[-1].nbytes + 4 * backbone.width)
+    wanted = encoder.vectors(rows)
+    assert encoder._kept_bytes == sum(len(key) + vector.nbytes for key, vector in encoder._kept.items())
+    assert 0 < encoder._kept_bytes <= text_encoder.KEPT_BYTES
+    assert rows[-1].tobytes() in encoder._kept
+    assert rows[0].tobytes() not in encoder._kept
+    assert all(vector.base is None for vector in encoder._kept.values())  # none keeps its whole call's alive
+    np.testing.assert_array_equal(encoder.vectors(rows), wanted)
 
 
 def test_mistakes_are_told_before_anything_is_trained(tmp_path: pathlib.Path) -> None:
@@ -291,6 +330,8 @@ def test_what_cannot_be_used_is_told(tmp_path: pathlib.Path) -> None:
         train(backbone.quantized("int8"), small, review_task(), tmp_path / "run", **SMALL)
     run = train(backbone, small, review_task(), tmp_path / "tuned", **SMALL)
     assert run.prompt is not None
+    with pytest.raises(UserError, match="encoder is a str; give a Backbone, from load_backbone"):
+        Predictor(backbone, run.prompt, encoder="tiny-llama")  # type: ignore[arg-type]
     bare = dataclasses.replace(run.prompt, trainable={"input": run.prompt.trainable["input"]})
     with pytest.raises(UserError, match="the encoder's weights are not among its tensors"):
         Predictor(backbone, bare)
