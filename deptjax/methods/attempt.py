@@ -84,10 +84,11 @@ class ATTEMPT(InputMethod):
     prompt_text: str = initializers.DEFAULT_TEXT
 
     def __post_init__(self) -> None:
-        if isinstance(self.sources, (list, tuple)):
-            self.sources = ",".join(os.fspath(place) for place in self.sources)
-        if not isinstance(self.sources, (str, os.PathLike)):
-            raise UserError(f"{self.kind}: sources is a {type(self.sources).__name__}; name folders, a,b,c")
+        places = self.sources if isinstance(self.sources, (list, tuple)) else [self.sources]
+        for place in places:
+            if not isinstance(place, (str, os.PathLike)):
+                raise UserError(f"{self.kind}: sources holds a {type(place).__name__}; name folders, a,b,c")
+        self.sources = ",".join(map(os.fspath, places))
         self.check_types()
         self.check_positive("prompt_length", "bottleneck")
         if self.temperature is not None and not 0 < self.temperature < math.inf:

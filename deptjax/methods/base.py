@@ -295,6 +295,12 @@ class Method:
         """Returns the input site's initial parameters, given Linen's, after a look at the frozen vocabulary."""
         return params
 
+    def start(self, key: Key, trainable: Tree, vocabulary: Vocabulary) -> Tree:
+        """Returns all initial parameters, given Linen's: the input site's are `initialize`'s."""
+        if "input" not in trainable:
+            return trainable
+        return {**trainable, "input": self.initialize(key, trainable["input"], vocabulary)}
+
     def inner(self, trainable: Tree) -> Tree:
         """Returns the parameters of what fills the inner sites, in the backbone's tree.
 

@@ -1,13 +1,13 @@
 """Deep prompt tuning: trained vectors at the prompt's positions of every layer, not of the input alone.
 
-    add        x_i = [prompt part of what block i-1 gives + P_i; text part of it]      P_i (M, D) trained, one a layer
-    replace    x_i = [P_i; text part of it]
+    add        x_1 = [P_1; text]      x_i = [prompt part of what block i-1 gives + P_i; text part of it]
+    replace    x_i = [P_i; text part of it]                                     P_i (M, D) trained, one a layer
 
 Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119 (VPT-deep), replace: what a block makes of its prompt is
 given up for the next layer's own. M-IDPG (Wu et al., NAACL 2022, arXiv 2204.04497) adds. P-tuning v2, whose released
-code gives each layer keys and values, is in `prefix_tuning`. P_i starts from 0, behind a trained prompt in front, when
-it adds, and from U(-sqrt(3 / D), sqrt(3 / D)), of RMS 1 / sqrt(D), when it replaces. Layers are those of a causal or
-masked model, or of an encoder-decoder's encoder.
+code gives each layer keys and values, is in `prefix_tuning`. Where they add, P_1 is a soft prompt, which starts as one,
+and the others start from 0; where they replace, all start from U(-sqrt(3 / D), sqrt(3 / D)), of RMS 1 / sqrt(D). Layers
+are those of a causal or masked model, or of an encoder-decoder's encoder.
 
 Adding is the default. The tokens of a causal language model attend to the first positions whatever these hold, and to
 give up their states takes more steps to mend than a short run has; the page of the method has both measured.
@@ -25,24 +25,28 @@ import jax.numpy as jnp
 from deptjax.errors import UserError, nearest
 from deptjax.methods import initializers
 from deptjax.methods.base import Filled, Method, Sites, StreamSite, Texts, Vocabulary, register_method
-from deptjax.methods.prompt_tuning import PromptTuning
+from deptjax.methods.in_common import beside_layers, of_first_layer, with_first_layer
 from deptjax.typing import Array, Float, Key, Tree
 
 MODES = ("add", "replace")
 
 
 class PromptPlaces(nn.Module):
-    """Puts M zeros in front of a text, which the first layer replaces. It has no parameters."""
+    """Puts the first layer's prompt in front of a text, or M zeros that it replaces; has no parameters."""
 
     length: int
 
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "M D"], Float[Array, "B T D"]]:
-        """Returns the zeros (M, D) and the embeddings as they came."""
+        """Returns the prompt (M, D) and the embeddings as they came."""
+        if self.has_variable("params", "prompt"):  # `at_input` puts it here
+            return self.get_variable("params", "prompt").astype(embeds.dtype), embeds
         return jnp.zeros((self.length, embeds.shape[-1]), embeds.dtype), embeds
 
 
 class LayerPrompt(nn.Module):
     """The prompt of one layer, in the place of the stream's or added to it.
+
+    What the first layer would add is in front of the text already, since the input, and its `adds` is 0.
 
     Attributes:
       length: M.
@@ -58,6 +62,8 @@ class LayerPrompt(nn.Module):
         limit = math.sqrt(3.0 / x.shape[-1])
         start = nn.initializers.zeros if self.add else initializers.uniform_within(limit)
         prompt = self.param("prompt", start, (self.length, x.shape[-1]))
+        if self.add:
+            prompt = self.param("adds", nn.initializers.ones, ()) * prompt
         prompt = jnp.broadcast_to(prompt.astype(x.dtype), (*x.shape[:-2], *prompt.shape))
         return x + prompt if self.add else prompt
 
@@ -70,19 +76,20 @@ class DeepPromptTuning(Method):
     Attributes:
       prompt_length: M, vectors in front of the text.
       mode: `add` adds each layer's own vectors to what is in the prompt's places, `replace` puts them there.
-      prompt_init: of the prompt in front, with `mode="add"`: start from text, vocab (sampled), labels, random numbers
+      prompt_init: of the first layer's, with `mode="add"`: start from text, vocab (sampled), labels, random numbers
         (random), or a saved prompt's folder.
       prompt_text: the text that it starts from, with `prompt_init="text"`.
     """
 
     kind = "deep_prompt_tuning"
     paper = "Jia et al., Visual Prompt Tuning, ECCV 2022, arXiv 2203.12119 (VPT-deep)"
-    formula = "M D, and M D for each layer"
+    formula = "M D for each layer"
     free_size = "prompt_length"
     letters = {"M": "prompt_length"}
     starts_plain = False
     sizes = ("prompt_length",)
     free = ("prompt_init", "prompt_text")
+    derived = ("adds",)
 
     prompt_length: int = 20
     mode: str = "add"
@@ -101,19 +108,29 @@ class DeepPromptTuning(Method):
             )
 
     def sites(self) -> Sites:
-        return Sites(input=self._front if self.mode == "add" else PromptPlaces(self.prompt_length), stream=Filled(self))
-
-    @property
-    def _front(self) -> PromptTuning:
-        """What stands in front of the text at the input, where layers add to it."""
-        return PromptTuning(self.prompt_length, self.prompt_init, self.prompt_text)
+        return Sites(input=PromptPlaces(self.prompt_length), stream=Filled(self))
 
     def fill(self, site: StreamSite, name: str) -> nn.Module:
         """Returns the prompt of a layer."""
         return LayerPrompt(self.prompt_length, self.mode == "add", name=name)
 
-    def initialize(self, key: Key, params: Tree, vocabulary: Vocabulary) -> Tree:
-        return self._front.initialize(key, params, vocabulary)
+    def start(self, key: Key, trainable: Tree, vocabulary: Vocabulary) -> Tree:
+        if self.mode == "replace":
+            return trainable
+        first = initializers.initial_prompt(self.prompt_init, self.prompt_text, key, self.prompt_length, vocabulary)
+        return {**trainable, "backbone": with_first_layer(trainable["backbone"], "prompt", first)}
+
+    def inner(self, trainable: Tree) -> Tree:
+        layers = super().inner(trainable)
+        if self.mode == "replace":
+            return layers
+        return beside_layers(layers, "prompt", lambda i: {"adds": jnp.asarray(i > 0, jnp.float32)})
+
+    def at_input(self, trainable: Tree) -> Tree:
+        return {} if self.mode == "replace" else {"prompt": of_first_layer(trainable["backbone"], "prompt")}
+
+    def soft_prompt(self, trainable: Tree, width: int) -> Array | None:
+        return self.at_input(trainable).get("prompt")
 
     def group(self, path: tuple[str, ...]) -> str:
         return "prompt"

@@ -38,7 +38,7 @@ from deptjax.errors import UserError, nearest
 from deptjax.methods.base import COMMON, Filled, Sites, StreamSite, Texts, Vocabulary, register_method
 from deptjax.methods.encoded import EncodedMethod
 from deptjax.methods.in_common import beside_layers, in_place_of, of_first_layer
-from deptjax.typing import Array, Float, Key, Tree
+from deptjax.typing import Array, Bool, Float, Key, Tree
 
 GENERATORS = ("phm", "dense")
 LAYERS = ("first", "every")
@@ -100,7 +100,8 @@ class Generator:
         if self.kind == "dense" or wrong is None:
             return
         fit = [str(n) for n in range(2, 33) if not any(size % n for size in sizes.values())]
-        remedy = f"take factors {', '.join(fit)}" if fit else "give another hidden or prompt_length"
+        other = "encoder" if inputs % self.factors else "hidden or prompt_length"
+        remedy = f"take factors {', '.join(fit)}" if fit else f"give another {other}"
         raise UserError(
             f"idpg: factors {self.factors} does not divide {wrong}, {sizes[wrong]}; {remedy}, or take generator 'dense'"
         )
@@ -185,6 +186,14 @@ class IDPG(EncodedMethod):
                 )
         self.check_positive("prompt_length", "hidden", "factors")
         self.check_share("encoding_dropout")
+
+    def __call__(
+        self, embeds: Float[Array, "B T D"], mask: Bool[Array, "B T"], encoding: Float[Array, "B H"] | None = None
+    ) -> tuple[Float[Array, "B M+T D"], Bool[Array, "B M+T"]]:
+        """As every method of the input has it. Raises `UserError` with layers `every`, for it acts inside too."""
+        if self.layers == "every":
+            raise UserError(f"{self.kind}: with layers 'every' it acts inside the model; take layers 'first'")
+        return super().__call__(embeds, mask, encoding)
 
     @nn.compact
     def streams(self, embeds: Float[Array, "B T D"], texts: Texts) -> tuple[Float[Array, "B M D"], Array]:

@@ -66,3 +66,18 @@ def of_first_layer(tree: Tree, own: str) -> Any:
         if path[-1] == own and "layers" in path:
             return leaf[0]
     raise KeyError(own)
+
+
+def with_first_layer(tree: Tree, own: str, value: Any) -> Tree:
+    """Returns the tree with another parameter `own` of the site beside the first layer, one by one or stacked.
+
+    >>> with_first_layer({"layers_0": {"site": {"own": 3}}, "layers_1": {"site": {"own": 5}}}, "own", 4)
+    {'layers_0': {'site': {'own': 4}}, 'layers_1': {'site': {'own': 5}}}
+    """
+    flat = traverse_util.flatten_dict(tree)
+    for path, leaf in flat.items():
+        if path[-1] == own and "layers_0" in path:
+            flat[path] = value
+        elif path[-1] == own and "layers" in path:
+            flat[path] = leaf.at[0].set(value)
+    return traverse_util.unflatten_dict(flat)

@@ -128,7 +128,7 @@ class PromptedModel:
       method: the method, resolved for the width of the backbone.
       encoding: how a tuned encoder's weights make a vector of each text; `None` where the vectors are given.
       share_prompt: in training on causal backbones, compute a prompt that is the same for all rows once a batch;
-        `False` puts a copy in front of each row. Same result, more work: kept for comparison.
+        `False` puts a copy in front of each row. Same result without dropout, more work: kept for comparison.
     """
 
     module: nn.Module
@@ -160,9 +160,10 @@ class PromptedModel:
             return {"backbone": jax.tree.map(lambda a: a.astype(jnp.float32), frozen)}, {}
         trainable = self._parameters(input_key, inner_key, vocabulary.embedding.shape[1])
         if not trainable or (self.method.sites().inner and "backbone" not in trainable):
-            raise UserError(f"method '{self.method.kind}' fills no site of this backbone: check its targets")
-        if "input" in trainable:
-            trainable["input"] = self.method.initialize(start_key, trainable["input"], vocabulary)
+            targets = getattr(self.method, "targets", None)
+            asked = "" if targets is None else f", where its targets are {targets}"
+            raise UserError(f"method '{self.method.kind}' fills no site of this backbone: check its targets{asked}")
+        trainable = self.method.start(start_key, trainable, vocabulary)
         if encoder is not None:
             if any_quantized(encoder):
                 raise UserError(

@@ -215,7 +215,7 @@ class EncoderLayer(nn.Module):
         stream, columns = split_rows(x), context.prompt_columns
 
         def text() -> Array:
-            return norm(layers.mean_states(stream, context.seen.mask.at[:, :columns].set(False)))
+            return layers.mean_states(norm(stream), context.seen.mask.at[:, :columns].set(False))
 
         x, _ = layers.fill_stream(self.sites, "encoder/prompt", stream, None, columns, text)
         y = norm(x)

@@ -15,6 +15,7 @@ from deptjax.models.layers import fill_stream
 from deptjax.models.prompted import merge_trees
 from deptjax.testing import tiny_bert
 from deptjax.training.state import count_parameters
+from deptjax.typing import Tree
 from tests.cases import backbone_of, case_of, make_case, some_batch
 from tests.reviews import review_prompt
 
@@ -29,7 +30,8 @@ def test_a_layers_prompt_replaces_the_streams_or_is_added(method: DeepPromptTuni
     random = np.random.default_rng(0)
     x = random.standard_normal((*rows, M, D)).astype(np.float32)
     own = random.standard_normal((M, D)).astype(np.float32)
-    got = method.fill(StreamSite("prompt", D), "site").apply({"params": {"prompt": own}}, jnp.asarray(x))
+    params = {"prompt": own, "adds": 1.0} if method is ADD else {"prompt": own}
+    got = method.fill(StreamSite("prompt", D), "site").apply({"params": params}, jnp.asarray(x))
     wanted = x + own if method is ADD else np.broadcast_to(own, x.shape)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
 
@@ -79,13 +81,22 @@ def test_a_masked_models_text_sees_the_prompts_of_all_layers() -> None:
 
 
 def test_adding_starts_as_prompt_tuning() -> None:
-    for family, scan in (("llama", True), ("t5", False)):
+    """And the first layer's vectors are the soft prompt, and no others beside it."""
+    for family, scan in (("llama", True), ("t5", False), ("bert", False)):
         backbone = backbone_of(family, scan)
         deep, plain = make_case(backbone, ADD), make_case(backbone, PromptTuning(prompt_length=M, prompt_init="vocab"))
         batch = some_batch()
-        wanted = plain.logits({"input": deep.trainable["input"]}, plain.frozen, batch)
+        assert count_parameters(deep.trainable) == 2 * M * backbone.width
+        first = ADD.soft_prompt(deep.trainable, backbone.width)
+        np.testing.assert_array_equal(jnp.concatenate([first, jnp.zeros_like(first)]), _stacked(deep.trainable))
+        wanted = plain.logits({"input": {"prompt": first}}, plain.frozen, batch)
         np.testing.assert_allclose(deep.logits(deep.trainable, deep.frozen, batch), wanted, rtol=1e-5, atol=1e-5)
         assert np.abs(deep.logits(deep.moved, deep.frozen, batch) - wanted).max() > 1e-2
+
+
+def _stacked(trainable: Tree) -> jax.Array:
+    """The vectors of all layers, one layer behind the other."""
+    return jnp.concatenate([leaf.reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(trainable)])
 
 
 @pytest.mark.parametrize("method", [REPLACE, ADD], ids=["replace", "add"])

@@ -55,13 +55,12 @@ def test_the_formula_is_the_number_of_parameters(family: str, name: str) -> None
     letters |= {"D": backbone.width, "K": getattr(c, "num_kv_heads", c.num_heads)}
     if "H" not in letters:
         letters["H"] = c.head_dim
-    whole, _, place = model.method.formula.partition(" for each ")
-    once, _, formula = whole.rpartition(", and ")
+    formula, _, place = model.method.formula.partition(" for each ")
     found = [{}] if not place else []
     for _, beside in places(shapes.get("backbone", {}), backbone.params):
         kernel = beside.get("kernel")
         found.append({} if kernel is None else dict(zip("IO", kernel.shape, strict=True)))
-    wanted = sum(value(formula, letters | own) for own in found) + (value(once, letters) if once else 0)
+    wanted = sum(value(formula, letters | own) for own in found)
     assert count_trained(shapes, model.method.groups(shapes)) == wanted
 
 

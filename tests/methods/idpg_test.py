@@ -126,7 +126,7 @@ def test_without_a_generator_every_layer_is_a_deep_prompt(family: str, scan: boo
     case = make_case(backbone_of(family, scan), IDPG(prompt_length=M, hidden=6, generator="dense", layers="every"))
     silent = {**case.moved, "input": jax.tree.map(jnp.zeros_like, case.moved["input"])}
     deep = make_case(case.backbone, DeepPromptTuning(prompt_length=M, mode="add", prompt_init="random"))
-    plain = {"input": {"prompt": jnp.zeros((M, case.backbone.width))}, "backbone": case.moved["backbone"]}
+    plain = {"backbone": case.moved["backbone"]}
     got, wanted = case.logits(silent, case.frozen, some_batch()), deep.logits(plain, deep.frozen, some_batch())
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     assert np.abs(case.logits(case.moved, case.frozen, some_batch()) - wanted).max() > 1e-2
@@ -206,3 +206,9 @@ def test_mistakes() -> None:
         input_parameters(none.clone(factors=8), jax.random.key(0), 23)
     with pytest.raises(UserError, match="factors 16 does not divide the encoder's width, 24; take factors 2, 4, 8"):
         input_parameters(odd, jax.random.key(0), 32)
+
+
+def test_at_every_layer_it_is_nothing_for_a_model_that_has_no_site_there() -> None:
+    embeds, mask = jnp.zeros((1, T, D)), jnp.ones((1, T), bool)
+    with pytest.raises(UserError, match="with layers 'every' it acts inside the model; take layers 'first'"):
+        IDPG(layers="every").init(jax.random.key(0), embeds, mask, jnp.zeros((1, D)))
