@@ -47,7 +47,7 @@ def _share(words: list[str]) -> int:
     first = next(iter(teachers.values()))
     method = settings.make_method(given)
     if not any(name == "prompt_length" for _, name in given):
-        method = method.clone(prompt_length=len(first.soft_prompt("teachers")))
+        method = method.clone(prompt_length=len(first.soft_prompt(f"--teachers {options['teachers'].split(',')[0]}")))
     config = settings.make_config(given, method)
     distill = checked(Given(options.get("distill", "0.9"), "--distill", FLAG), Field("distill", ("float",), 0.9, ""))
     settings.check_workdir(workdir)
@@ -117,6 +117,7 @@ def _taught(options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     tasks = []
     for place in (part.strip() for part in named.split(",") if part.strip()):
         prompt = Prompt.load(place)
+        prompt.check_is_of_a_task(f"--teachers {place}")
         task = Task.from_config(prompt.task)
         if task.source is None:
             raise UserError(
@@ -126,4 +127,6 @@ def _taught(options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
             raise UserError(f"--teachers {place}: another teacher is of task '{task.name}'; give one for each task")
         teachers[task.name] = prompt
         tasks.append(loaded_once(task)[1])
+    if len(teachers) < 2:
+        raise UserError("--teachers names fewer than two prompts; give one of each task: runs/a/prompt,runs/b/prompt")
     return teachers, tasks

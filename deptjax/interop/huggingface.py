@@ -393,7 +393,8 @@ def download(name: str, revision: str | None = None, weights: bool = True) -> Pa
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         raise UserError(
             f"{where} is not a local path and the model hub is not reachable ({type(error).__name__});"
-            " give a local folder, a .gguf file or packaged:smollm2-135m-instruct"
+            " give a local folder, a .gguf file, or packaged:smollm2-135m-instruct (an encoder:"
+            " packaged:all-minilm-l6-v2)"
         ) from None
     except Exception as error:  # its HTTP library's own exceptions derive from Exception alone
         if type(error).__module__.split(".")[0] not in HTTP_LIBRARIES:

@@ -16,6 +16,7 @@ from typing import Any
 
 import optax
 
+from deptjax.data.tasks import Task
 from deptjax.errors import UserError, nearest
 from deptjax.models.remat import REMAT
 from deptjax.training.optim import SCHEDULES, default_warmup, make_optimizer, make_schedule
@@ -58,7 +59,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints.
       log_every: steps between lines of `metrics.jsonl`.
       share_prompt: on a causal backbone, compute what belongs to the prompt once a batch and not in every row; the
-        result is the same.
+        result is the same, but that rows then share what dropout leaves of the prompt (GPT-2 has dropout).
       remat: what layers keep for the gradient: `none` computes nothing twice, `dots` keeps the results of products with
         weights, `full` only each layer's input. Less memory, more time, the same numbers up to rounding: a run may be
         resumed with another.
@@ -168,6 +169,10 @@ class TrainConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
+                if name in (field.name for field in dataclasses.fields(Task)):
+                    raise UserError(
+                        f"'{name}' is a field of the task; give the task with it: get_task(..., {name}=...)"
+                    )
                 raise UserError(f"there is no setting '{name}'.{nearest(name, known)}")
         return cls(**settings)
 

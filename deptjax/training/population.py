@@ -39,7 +39,7 @@ from deptjax.training.population_loop import (
     stack_states,
     stack_where,
 )
-from deptjax.training.run import announce
+from deptjax.training.run import announce, check_given
 from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import make_population_step
 from deptjax.training.tuning import EncodedTask, Tuning, encode_task
@@ -122,6 +122,7 @@ def train_population(
     Raises:
       UserError: for members that cannot be stacked, and all that `train` refuses; when no member leaves a prompt.
     """
+    check_given(backbone, method)
     config = TrainConfig.from_settings(settings)
     progress = progress if first_host() else False
     placement = placement or backbone.placement or Placement.over(config=backbone.config)

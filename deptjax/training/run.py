@@ -58,6 +58,14 @@ class Run:
     peak_mib: float
 
 
+def check_given(backbone: Backbone, method: Method) -> None:
+    """Raises `UserError` for what is no loaded backbone and no method, such as their names."""
+    if not isinstance(backbone, Backbone):
+        raise UserError(f"backbone is {backbone!r:.40}; load it first: load_backbone('t5-base')")
+    if not isinstance(method, Method):
+        raise UserError(f"method is {method!r:.60}; give one with its sizes: DePT(prompt_length=20)")
+
+
 @together()
 def train(
     backbone: Backbone,
@@ -90,6 +98,7 @@ def train(
     Raises:
       UserError: for data, settings or a folder that cannot be used; for a loss that is not finite.
     """
+    check_given(backbone, method)
     config = TrainConfig.from_settings(settings)
     progress = progress if first_host() else False
     placement = placement or backbone.placement or Placement.over(config=backbone.config)

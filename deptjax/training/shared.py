@@ -33,10 +33,10 @@ from deptjax.models.prompted import PromptedModel
 from deptjax.prompt import Prompt
 from deptjax.sharding import Placement, to_host
 from deptjax.training.config import TrainConfig
-from deptjax.training.folder import RunFolder
+from deptjax.training.folder import RunFolder, check_folder_name
 from deptjax.training.loop import Loop
 from deptjax.training.losses import target_loss
-from deptjax.training.run import Run, announce, carry_out
+from deptjax.training.run import Run, announce, carry_out, check_given
 from deptjax.training.state import TrainState, count_trained
 from deptjax.training.step import LossFn, make_train_step
 from deptjax.training.tuning import Tuning
@@ -75,6 +75,9 @@ def train_shared(
 
     Raises `UserError` for tasks without teachers, teachers of another length or backbone, and all that `train` refuses.
     """
+    check_given(backbone, MPT() if method is None else method)
+    if (asked := settings.get("loss", "vocabulary")) not in ("auto", "vocabulary"):
+        raise UserError(f"loss is {asked!r}; what teachers say is of the whole vocabulary, so leave it out")
     config = TrainConfig.from_settings({**settings, "loss": "vocabulary"})
     progress = progress if first_host() else False
     placement = placement or backbone.placement or Placement.over(config=backbone.config)
@@ -85,16 +88,19 @@ def train_shared(
         raise UserError(f"distill is {distill!r}; it must be 0 or more, and finite")
     prompts = _teachers(backbone, [task.name for task in chosen], teachers)
     method = MPT(prompt_length=len(prompts[0].trainable["input"]["prompt"])) if method is None else method
-    for task, prompt in zip(chosen, prompts, strict=True):
-        length = len(prompt.trainable["input"]["prompt"])
-        if length != method.prompt_length:
-            raise UserError(f"the teacher of '{task.name}' has {length} vectors, and the method {method.prompt_length}")
     tunings = [Tuning.prepare(backbone, method, task, config) for task in chosen]
     first = tunings[0]
 
     start, frozen, step_key = first.start()
     if not {"prompt", "u", "v"} <= set(start.get("input", {})):
         raise UserError(f"method is {type(method).__name__}; train_shared tunes an MPT, MPT(prompt_length=100), say")
+    for task, prompt in zip(chosen, prompts, strict=True):
+        length = len(prompt.trainable["input"]["prompt"])
+        if length != method.prompt_length:
+            raise UserError(
+                f"teachers: that of '{task.name}' has {length} vectors, and the shared prompt (prompt_length)"
+                f" {method.prompt_length}; tune teachers of one length"
+            )
     trainable = _stacked(start, [prompt.trainable["input"]["prompt"] for prompt in prompts])
     groups = {"input": {**first.model.method.groups(start)["input"], TEACHERS: FIXED}}
     tx = first.optimizer(groups)
@@ -114,7 +120,7 @@ def train_shared(
     step_fn = make_train_step(loss, tx, placement, {})
     batches = InTurn([tuning.batches(tuning.buckets, placement) for tuning in tunings])
     identity = {
-        "shared": {tuning.task.name: tuning.identity() for tuning in tunings},
+        "shared": [{tuning.task.name: tuning.identity()} for tuning in tunings],  # in turn, so their order counts
         "teachers": [prompt.with_run_id().run_id for prompt in prompts],
         "distill": distill,
     }
@@ -145,12 +151,16 @@ def _teachers(backbone: Backbone, names: Sequence[str], teachers: Mapping[str, S
         raise UserError(f"teachers are for {', '.join(teachers) or 'no task'}; give one for each of {', '.join(names)}")
     found = []
     for name in names:
+        check_folder_name(name)
         try:
             where, prompt = usable_prompt(backbone, teachers[name], name)
         except UserError as error:
             raise UserError(f"teachers: {error}") from None
         if {name: list(tree) for name, tree in prompt.trainable.items()} != {"input": ["prompt"]}:
-            raise UserError(f"{where} is of method '{prompt.method.kind}'; a teacher is a soft prompt and nothing else")
+            raise UserError(
+                f"teachers: {where} is of method '{prompt.method.kind}', and a teacher is a soft prompt and nothing"
+                " else; tune it with prompt_tuning"
+            )
         found.append(prompt)
     return found
 

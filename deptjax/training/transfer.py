@@ -65,8 +65,8 @@ def started_from(
             there = ", ".join(dict.fromkeys(path[-1] for path in given))
             if not set(names) & {path[-1] for path in given}:
                 raise UserError(
-                    f"{where} is a prompt of '{source.method.kind}' ({there}), of which '{method.kind}' has nothing; a "
-                    "run saves its prompt without the network that made it, so start a run of that method from it"
+                    f"{where} is a prompt of '{source.method.kind}' ({there}), of which '{method.kind}' has nothing; "
+                    f"{_remedy(source, own)}"
                 )
             raise UserError(
                 f"{where} (method '{source.method.kind}') has no {'/'.join(path)}; it has {there}: name in start_parts "
@@ -80,6 +80,14 @@ def started_from(
         ratio = old[name] / new[name] if old.get(name) and new.get(name) else 1.0
         started[path] = jnp.asarray(given[path] * np.asarray(ratio, given[path].dtype), first.dtype)
     return traverse_util.unflatten_dict(started)
+
+
+def _remedy(source: Prompt, own: Tree) -> str:
+    """Returns what to do with a prompt none of whose parameters a run has; `own` are the run's, by path."""
+    width = int(source.fingerprint["width"])
+    if ("input", "prompt") in own and source.method.soft_prompt(source.trainable, width) is not None:
+        return "its soft prompt alone is taken by prompt_init (--prompt-init FOLDER)"
+    return "a run saves its prompt without the network that made it, so start a run of that method from it"
 
 
 def similar_prompts(prompts: Mapping[str, PromptOrFolder], target: PromptOrFolder) -> list[tuple[str, float]]:
@@ -103,8 +111,8 @@ def similar_prompts(prompts: Mapping[str, PromptOrFolder], target: PromptOrFolde
     >>> similar_prompts({"far": made([0.0, 2.0]), "near": made([3.0, 1.0], [1.0, 1.0])}, made([1.0, 0.0]))
     [('near', 0.894...), ('far', 0.0)]
     """
-    if not prompts:
-        raise UserError("similar_prompts: no prompts; give at least one, by name")
+    if not (isinstance(prompts, Mapping) and prompts):
+        raise UserError("similar_prompts: give at least one prompt, by name: {'trec6': 'runs/trec6/prompt'}")
     aim = _loaded(target)
     mean = _mean_vector(aim, "target")
     found = []

@@ -51,13 +51,15 @@ def test_mistakes(deptjax: Command, teachers: list[str], tmp_path: pathlib.Path)
     assert deptjax(*words).error.startswith("no --teachers; it names the saved prompts of the tasks")
     assert "it has no prompt.json" in deptjax(*words, "--teachers", tmp_path / "gone").error
     one, other = teachers
-    assert deptjax(*words, "--teachers", one).error == "tasks are films; give two or more with different names"
+    for few in (one, ",", " "):
+        assert deptjax(*words, "--teachers", few).error.startswith("--teachers names fewer than two prompts")
     told = deptjax(*words, "--teachers", f"{one},{one}").error
     assert told == f"--teachers {one}: another teacher is of task 'films'; give one for each task"
     both = [*words, "--teachers", f"{one},{other}"]
     assert deptjax(*both, "--distill", "much").error.startswith("--distill: ")
     assert deptjax(*both, "--distill", "-1").error == "distill is -1.0; it must be 0 or more, and finite"
     assert deptjax(*both, "--rank", 3).error.startswith("--rank: method 'mpt' has no such field")
-    assert "has 3 vectors, and the method 4" in deptjax(*both, "--prompt-length", 4).error
+    assert "has 3 vectors, and the shared prompt (prompt_length) 4" in deptjax(*both, "--prompt-length", 4).error
+    assert deptjax(*both, "--loss", "labels").error.startswith("loss is 'labels'; what teachers say is of the whole")
     assert deptjax("share", "--teachers", one).error == "no workdir; name the run's folder with --workdir DIR"
     assert not (tmp_path / "shared").exists()

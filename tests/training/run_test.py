@@ -215,6 +215,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path: pathlib.P
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        ({"few_shot": 16}, "'few_shot' is a field of the task; give the task with it: get_task"),
         ({"batch_sise": 3}, r"there is no setting 'batch_sise'. Did you mean 'batch_size'\?"),
         ({"max_length": 33}, "max_length 33 is more than the 32 of the method; raise the method's max_length"),
         ({"loss": "labels"}, "is 2 tokens"),
@@ -232,10 +233,24 @@ def test_mistakes_leave_no_folder(tmp_path: pathlib.Path, settings: dict[str, An
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("backbone", "method", "told"),
+    [
+        ("t5-base", METHOD, "backbone is 't5-base'; load it first"),
+        (None, "lopa", "method is 'lopa'; give one with its sizes"),
+        (None, type(METHOD), "method is <class .*; give one with its sizes"),
+    ],
+)
+def test_names_are_no_models_and_no_methods(tmp_path: pathlib.Path, backbone: Any, method: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        train(backbone or backbone_of("llama"), method, review_task(), tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_to_train_is_told(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="zero_shot has no parameters to train"):
         train(backbone_of("llama"), ZeroShot(), review_task(), tmp_path / "run", **SMALL)
-    with pytest.raises(UserError, match="method 'lora' fills no site of this backbone: check its targets"):
+    with pytest.raises(UserError, match="method 'lora' fills no site of this backbone: check its targets, where"):
         train(backbone_of("llama"), LoRA(targets="decoder"), review_task(), tmp_path / "run", **SMALL)
     assert not (tmp_path / "run").exists()
 

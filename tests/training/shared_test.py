@@ -14,7 +14,7 @@ import pytest
 
 from deptjax.errors import UserError
 from deptjax.inference.predictor import Predictor, evaluate
-from deptjax.methods import MPT, PromptTuning
+from deptjax.methods import MPT, LoRA, PromptTuning
 from deptjax.models.prompted import PromptedModel
 from deptjax.prompt import Prompt
 from deptjax.training.run import Run, train
@@ -162,11 +162,17 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
 
     assert "give two or more with different names" in told(tasks=TASKS[:1])
     assert "teachers are for films; give one for each of films, books" in told(teachers={"films": teacher()})
-    assert "has 5 vectors, and the method 4" in told(method=MPT(4))
+    assert "has 5 vectors, and the shared prompt (prompt_length) 4" in told(method=MPT(4))
     lora = case_of("llama", "lora").prompt()
-    assert "is of method 'lora'; a teacher is a soft prompt and nothing else" in told(
+    assert "is of method 'lora', and a teacher is a soft prompt and nothing else" in told(
         teachers={**TEACHERS, "books": lora}
     )
     assert "distill is -1; it must be 0 or more" in told(distill=-1)
     assert "distill is 'x'; it must be 0 or more" in told(distill="x")
     assert "method is PromptTuning; train_shared tunes an MPT" in told(method=PromptTuning(5))
+    assert "method is LoRA; train_shared tunes an MPT" in told(method=LoRA())
+    assert "method is 'mpt'; give one with its sizes" in told(method="mpt")
+    assert "loss is 'labels'; what teachers say is of the whole vocabulary" in told(loss="labels")
+    names = {"films": teacher(), "../books": teacher()}
+    books = dataclasses.replace(TASKS[1], name="../books")
+    assert "task '../books' cannot name a folder" in told([TASKS[0], books], names)

@@ -123,6 +123,14 @@ def test_other_mistakes_are_told(tmp_path: pathlib.Path) -> None:
         TrainConfig(start_from="source", start_parts="prompt")  # type: ignore[arg-type]
 
 
+def test_a_prompt_in_parts_is_taken_as_a_soft_prompt(tmp_path: pathlib.Path) -> None:
+    case_of("llama", "dpt").prompt().save(tmp_path / "dpt")
+    told = r"prompt of 'dpt' \(prompt_u, .*its soft prompt alone is taken by prompt_init"
+    with pytest.raises(UserError, match=told):
+        first_parameters(PromptTuning(5), start_from=str(tmp_path / "dpt"))
+    first_parameters(PromptTuning(5, prompt_init=str(tmp_path / "dpt")))
+
+
 def test_a_run_belongs_to_the_prompt_it_started_from(tmp_path: pathlib.Path) -> None:
     tuned_prompt(DEPT).save(tmp_path / "source")
     settings = {"steps": 2, "batch_size": 4, "eval_every": 0, "buckets": 1, "progress": False}
@@ -189,8 +197,9 @@ def test_there_is_no_one_prompt_where_each_text_has_its_own(name: str, tmp_path:
 
 def test_what_cannot_be_compared_is_told() -> None:
     target = soft([1.0])
-    with pytest.raises(UserError, match="no prompts; give at least one"):
-        similar_prompts({}, target)
+    for none in ({}, ["runs/films/prompt"]):
+        with pytest.raises(UserError, match="give at least one prompt, by name"):
+            similar_prompts(none, target)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="'lora' holds no soft prompt: it is of method 'lora', which has none"):
         similar_prompts({"lora": tuned_prompt(METHODS["lora"])}, target)
     other = dataclasses.replace(target, backbone="wide", fingerprint=tiny_llama(width=48, num_heads=6).fingerprint)
