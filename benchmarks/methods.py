@@ -195,14 +195,21 @@ def _score_table(results: Record, kinds: list[str], whole: bool) -> list[str]:
 
 def _cost_table(results: Record, kinds: list[str]) -> list[str]:
     reference = results["methods"].get(REFERENCE)
-    rows = [["method", "trained", "ms a step", "of prompt tuning's", "s for 1,000 predictions", "peak MiB"]]
+    rows = [["method", "sizes", "trained", "ms a step", "of prompt tuning's", "s for 1,000 predictions", "peak MiB"]]
     for kind in kinds:
         runs = results["methods"][kind]["runs"]
         own = _costs(runs)
         ratio = NONE if reference is None else f"{own['step_s'] / _costs(reference['runs'])['step_s']:.2f}"
         times = [f"{own['step_s'] * 1000:.0f}", ratio, f"{own['predict_s']:.1f}", f"{own['peak_mib']:,.0f}"]
-        rows.append([kind, count_text(runs[0]["parameters"]), *times])
+        rows.append([kind, _sizes(results["methods"][kind]["method"]), count_text(runs[0]["parameters"]), *times])
     return _lines(rows)
+
+
+def _sizes(method: Record) -> str:
+    """Returns the fields of a method that are numbers of something, and the encoder that it has."""
+    told = [f"{name} {value}" for name, value in method.items() if type(value) is int]
+    encoder = str(method.get("encoder", "")).removeprefix("packaged:")
+    return ", ".join([*told, encoder] if encoder else told)
 
 
 def _lines(rows: list[list[str]]) -> list[str]:

@@ -34,7 +34,7 @@ ROWS = 8  # texts a batch, so that one program serves a length
 def input_embeddings(
     backbone: Backbone, prompt: Source, texts: Iterable[Text], encoder: Backbone | None = None
 ) -> list[np.ndarray]:
-    """Returns for each text what the blocks of the backbone are fed: (M + T, D) in the dtype of the computation.
+    """Returns for each text its `inputs_embeds`, (M + T, D) in the dtype of the computation, the prompt in front.
 
     Args:
       backbone: the one the prompt was tuned on; on an encoder-decoder these are the encoder's inputs.
