@@ -27,6 +27,7 @@ from deptjax.prompt import recover_folder
 from deptjax.training.tensorboard import EventFile
 
 MISSING = "nothing"
+TOLD = 6  # fields in a message
 
 
 class RunFolder:
@@ -129,11 +130,17 @@ class RunFolder:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Returns the fields in which two configs differ, as `train.steps was 4, is now 6; ...`; empty where they agree."""
+    """Returns the fields in which two configs differ, as `train.steps was 4, is now 6; ...`; empty where they agree.
+
+    Of another model every field of its fingerprint may differ: these come last, and the first six fields are told.
+    """
     old, new = _flat(old), _flat(new)
     different = sorted(k for k in {**old, **new} if old.get(k, MISSING) != new.get(k, MISSING))
     different = [k for k in different if k.rpartition(".")[2] != "devices"]  # a run may go on on others
-    return "; ".join(f"{k} was {_shown(old, k)}, is now {_shown(new, k)}" for k in different)
+    different.sort(key=lambda k: "fingerprint" in k)
+    told = [f"{k} was {_shown(old, k)}, is now {_shown(new, k)}" for k in different[:TOLD]]
+    more = len(different) - len(told)
+    return "; ".join([*told, f"and {more} more"] if more else told)
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

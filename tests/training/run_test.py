@@ -20,6 +20,7 @@ from deptjax.inference.predictor import evaluate
 from deptjax.methods import DePT, FullFineTuning, LoRA, PromptTuning, ZeroShot
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
+from deptjax.training.folder import differences
 from deptjax.training.run import Run, train
 from tests.cases import backbone_of
 from tests.reviews import review_rows, review_task
@@ -231,6 +232,14 @@ def test_mistakes_leave_no_folder(tmp_path: pathlib.Path, settings: dict[str, An
     with pytest.raises(UserError, match=told):
         train(backbone_of("llama"), METHOD, review_task(**fields), tmp_path / "run", **{**SMALL, **settings})
     assert not (tmp_path / "run").exists()
+
+
+def test_of_another_model_the_first_fields_are_told() -> None:
+    old = {"encoder": {"name": "a", "fingerprint": {f"field{i}": 0 for i in range(9)}}, "steps": 1}
+    new = {"encoder": {"name": "b", "fingerprint": {f"field{i}": 1 for i in range(9)}}, "steps": 1}
+    told = differences(old, new)
+    assert told.startswith("encoder.name was a, is now b; encoder.fingerprint.field0 was 0, is now 1; ")
+    assert told.endswith("encoder.fingerprint.field4 was 0, is now 1; and 4 more")
 
 
 @pytest.mark.parametrize(
