@@ -20,6 +20,9 @@ even 1 is too much, the prompt is halved until it is not.
 """
 DEFAULT_MODEL = "t5-base"
 LEFT = 24  # columns of the names
+LETTERS = """Letters that no field names: D, the backbone's width; K, its key heads, each H wide; I and O, the numbers that
+a projection reads and gives.
+"""
 SPOT = """SPoT is no method of its own: a run of any of them starts from another task's prompt with --start-from DIR.
 Vu et al., SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer, ACL 2022, arXiv 2110.07904"""
 
@@ -52,7 +55,7 @@ def _methods(words: list[str]) -> int:
     if "json" in options:
         print(json.dumps({"model": name, "width": config.width, "budget": budget, "methods": found}, indent=2))
     else:
-        print("\n".join([_head(name, config, budget), *(_shown(one) for one in found), SPOT]))
+        print("\n".join([_head(name, config, budget), *(_shown(one) for one in found), LETTERS, SPOT]))
     return 0
 
 
