@@ -20,8 +20,8 @@ even 1 is too much, the prompt is halved until it is not.
 """
 DEFAULT_MODEL = "t5-base"
 LEFT = 24  # columns of the names
-LETTERS = """Letters that no field names: D, the backbone's width; K, its key heads, each H wide; I and O, the numbers that
-a projection reads and gives.
+LETTERS = """Letters that no field names: D, the backbone's width; K, its key heads, each H wide; I and O, the numbers
+that a projection reads and gives.
 """
 SPOT = """SPoT is no method of its own: a run of any of them starts from another task's prompt with --start-from DIR.
 Vu et al., SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer, ACL 2022, arXiv 2110.07904"""
