@@ -30,9 +30,7 @@ ALL_PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "benchmarks/README.md",
-    "docs/tasks.md",
-    "docs/data.md",
-    "docs/reproduction.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")),
 )
 # A path from the root: a folder, or a file of a kind that is kept in the repository; none with a <placeholder>.
 PATH = r"\b((?:configs|deptjax|tests|notebooks|benchmarks)/(?:\w+/)*(?:\w+\.(?:py|gin|md|ipynb)\b|\w+(?![\w.<{*/])))"
