@@ -134,7 +134,7 @@ class TextEncoder:
             self.check_is(prompt.encoder)
             return self.laid_out(prompt)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {error}; take that encoder, or another prompt to start from") from None
 
     def laid_out(self, prompt: Prompt) -> Prompt:
         """Returns a prompt with the weights of its tuned encoder, if it has them, in this one's layout of layers.

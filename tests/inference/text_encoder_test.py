@@ -384,3 +384,5 @@ def test_a_run_starts_from_one_with_a_frozen_encoder(tmp_path: pathlib.Path) -> 
         run.prompt.trainable["input"],
         Prompt.load(start).trainable["input"],
     )
+    with pytest.raises(UserError, match=r"is another: .*; take that encoder, or another prompt to start from"):
+        train(backbone, frozen, review_task(), tmp_path / "other", encoder=tiny_t5(), start_from=start, **SMALL)
