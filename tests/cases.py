@@ -67,6 +67,7 @@ ENCODED: dict[str, Method] = {
     "idpg": IDPG(prompt_length=5, hidden=6, generator="dense"),
 }
 VARIANTS: dict[str, Method] = {
+    "deep_prompt_tuning, add": DeepPromptTuning(prompt_length=5, prompt_init="vocab"),
     "idpg, every": IDPG(prompt_length=5, hidden=6, generator="dense", layers="every"),
     "lopa, concat": LoPA(prompt_length=3, rank=2, hidden=7, prompt_init="vocab", variant="concat"),
 }

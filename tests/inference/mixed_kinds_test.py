@@ -115,5 +115,5 @@ def test_every_way_of_a_method_that_fills_no_inner_site_mixes() -> None:
 
     kinds = {name: can_mix(method_on(backbone_of("llama"), name)) for name in (*AT_THE_INPUT[:6], "prompt_tuning")}
     assert all(kinds.values()), kinds
-    inner = ("lora", "prefix_tuning", "deep_prompt_tuning", "full", "idpg, every")
+    inner = ("lora", "prefix_tuning", "deep_prompt_tuning, add", "full", "idpg, every")
     assert not any(can_mix(method_on(backbone_of("llama"), name)) for name in inner)

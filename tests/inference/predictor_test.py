@@ -295,7 +295,7 @@ def test_evaluate_asks_as_the_task_that_it_is_given_does() -> None:
     assert evaluate(backbone_of("llama"), prompt, other) == {"test/accuracy": pytest.approx(right)}
 
 
-@pytest.mark.parametrize("method", ["dept", "lora", "prefix_tuning", "deep_prompt_tuning", "idpg, every"])
+@pytest.mark.parametrize("method", ["dept", "lora", "prefix_tuning", "deep_prompt_tuning, add", "idpg, every"])
 def test_equal_methods_share_their_programs(method: str) -> None:
     """A second predictor of the same prompt, or of one that was loaded again, compiles nothing."""
 
