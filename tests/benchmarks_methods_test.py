@@ -138,8 +138,14 @@ def test_a_table_shows_scores_beside_costs() -> None:
         "settings": {"gin_file": "a.gin", "steps": 24, "predictions": 200},
         "machine": {"cpu": "a processor", "cores": 2, "date": "2030-01-02"},
         "methods": {
-            "prompt_tuning": {"runs": [run(0.4, 30.0), run(0.2, 20.0), run(0.5, 10.0)]},
-            "dept": {"runs": [run(0.1, 5.0)]},
+            "prompt_tuning": {
+                "method": {"method": "prompt_tuning", "prompt_length": 100, "prompt_init": "text"},
+                "runs": [run(0.4, 30.0), run(0.2, 20.0), run(0.5, 10.0)],
+            },
+            "lopa": {
+                "method": {"rank": 4, "encoder": "packaged:minilm", "encoder_trainable": False, "alpha": 1.0},
+                "runs": [run(0.1, 5.0)],
+            },
         },
         "scores": [
             score("trec6", "prompt_tuning", 0.5, 0.02),
@@ -148,12 +154,13 @@ def test_a_table_shows_scores_beside_costs() -> None:
         ],
     }
     table = methods.markdown(results)
-    assert "| prompt_tuning | 1,200 | 50.0 ± 2.0 | 90.0 | 70.0 | 400 | 1.00 | 20.0 | 1,000 |" in table
-    assert "| dept | 1,200 | – | – | – | 100 | 0.25 | 5.0 | 1,000 |" in table
+    assert "| prompt_tuning | 50.0 ± 2.0 | 90.0 | 70.0 |" in table
+    assert "| prompt_tuning | prompt_length 100 | 1,200 | 400 | 1.00 | 20.0 | 1,000 |" in table
+    assert "| lopa | – | – | – |" in table
+    assert "| lopa | rank 4, minilm | 1,200 | 100 | 0.25 | 5.0 | 1,000 |" in table
     assert "medians of 1 to 3 round(s) of 24 steps and 200 predictions" in table
-    results["one_label"] = {"trec6": 0.25, "sms_spam": 0.865}
-    assert (
-        methods.markdown(results).splitlines()[-1]
-        == "| *always the same label* | 0 | 25.0 | 86.5 | 55.8 | – | – | – | – |"
-    )
-    assert methods.markdown(results, ["dept"]).splitlines() == [*table.splitlines()[2:4], table.splitlines()[-1]]
+    results["one_label"] = {"trec6": 0.25, "sms_spam": 0.865, "not_run": 0.5}
+    assert "| *always the same label* | 25.0 | 86.5 | 55.8 |\n\n" in methods.markdown(results)
+    lines = table.splitlines()
+    own = [lines[place] for place in (2, 3, 5, 6, 7, 8, 10)]
+    assert methods.markdown(results, ["lopa"]).splitlines() == own

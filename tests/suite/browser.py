@@ -25,7 +25,7 @@ _LAUNCH = (
     "import os, sys; os.dup2(int(sys.argv[1]), 23); os.dup2(int(sys.argv[2]), 24);"  # one of them may be 3 or 4
     "os.dup2(23, 3); os.dup2(24, 4); os.close(23); os.close(24); os.execv(sys.argv[3], sys.argv[3:])"
 )
-PATIENCE = 60.0  # seconds
+PATIENCE = 180.0  # seconds: what a busy machine reads from its disk for the first time begins slowly
 
 
 def program() -> str | None:
