@@ -24,6 +24,7 @@ TEXTS = [p for p in TEXTS if p.suffix in {".py", ".gin", ".md", ""} and "__pycac
 ORDER = {
     "typing": 0,
     "errors": 0,
+    "tokens": 0,
     "version": 0,
     "quantization": 0,
     "methods": 1,

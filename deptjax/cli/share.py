@@ -43,17 +43,17 @@ def _share(words: list[str]) -> int:
     workdir = settings.text_of(given, "train", "workdir")
     if not workdir:
         raise UserError("no workdir; name the run's folder with --workdir DIR")
-    teachers, tasks = _taught(options)
+    place, teachers, tasks = _taught(options)
     first = next(iter(teachers.values()))
     method = settings.make_method(given)
     if not any(name == "prompt_length" for _, name in given):
-        method = method.clone(prompt_length=len(first.soft_prompt(f"--teachers {options['teachers'].split(',')[0]}")))
+        method = method.clone(prompt_length=len(first.soft_prompt(f"--teachers {place}")))
     config = settings.make_config(given, method)
     distill = checked(Given(options.get("distill", "0.9"), "--distill", FLAG), Field("distill", ("float",), 0.9, ""))
     settings.check_workdir(workdir)
     join_hosts(options)
     run = train_shared(
-        backbone_of(first, options["teachers"].split(",")[0], given),
+        backbone_of(first, place, given),
         tasks,
         teachers,
         workdir,
@@ -104,8 +104,8 @@ def _as_mpt(parser: Any, options: dict[str, Any]) -> Any:
     return {**flags.given_by_flags(options, parser), ("train", "method"): Given("mpt", "deptjax share", FLAG)}
 
 
-def _taught(options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Returns the teachers by their tasks' names, and the tasks with their rows read."""
+def _taught(options: dict[str, Any]) -> tuple[str, dict[str, Any], list[Any]]:
+    """Returns where the first teacher is, the teachers by their tasks' names, and the tasks with their rows read."""
     from deptjax.cli import flags
     from deptjax.data.loaded import loaded_once
     from deptjax.data.tasks import Task
@@ -115,7 +115,8 @@ def _taught(options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     named = flags.required(options, "teachers", "the saved prompts of the tasks, such as runs/a/prompt,runs/b/prompt")
     teachers: dict[str, Any] = {}
     tasks = []
-    for place in (part.strip() for part in named.split(",") if part.strip()):
+    places = [part.strip() for part in named.split(",") if part.strip()]
+    for place in places:
         prompt = Prompt.load(place)
         prompt.check_is_of_a_task(f"--teachers {place}")
         task = Task.from_config(prompt.task)
@@ -129,4 +130,4 @@ def _taught(options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         tasks.append(loaded_once(task)[1])
     if len(teachers) < 2:
         raise UserError("--teachers names fewer than two prompts; give one of each task: runs/a/prompt,runs/b/prompt")
-    return teachers, tasks
+    return places[0], teachers, tasks

@@ -15,26 +15,14 @@ a space in front of it where the template has one (RoBERTa's tokens know of it).
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from deptjax.data.tasks import Task
 from deptjax.errors import UserError
+from deptjax.tokens import token_ids
 
 WRITES_NO_TEXT = "a masked model fills one place and writes no text"
-
-# A tokenizer of transformers keeps from one call to the next whether it cuts: of two calls at once, one may cut what
-# the other is not to cut, or not cut at all. One lock for all, for a model and its encoder may have the same tokenizer.
-_TOKENIZING = threading.Lock()
-
-
-def token_ids(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:
-    """Returns the token ids of texts, with the options of a transformers tokenizer; from several threads, in turn."""
-    if not texts:  # of which some tokenizers make an error
-        return []
-    with _TOKENIZING:
-        return [list(ids) for ids in tokenizer(texts, verbose=False, **options)["input_ids"]]
 
 
 class Tokenizer(Protocol):

@@ -21,7 +21,6 @@ import numpy as np
 from flax import traverse_util
 
 from deptjax.data.buckets import power_of_two
-from deptjax.data.forms import token_ids
 from deptjax.data.pipeline import pad
 from deptjax.errors import UserError
 from deptjax.methods.base import ENCODER, POOLINGS, EncoderChoice, Method
@@ -31,6 +30,7 @@ from deptjax.models.encoder import Encoding
 from deptjax.models.layout import with_layout
 from deptjax.prompt import Prompt
 from deptjax.sharding import Placement
+from deptjax.tokens import token_ids
 from deptjax.typing import Tree
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class TextEncoder:
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns each text's token ids (E,) int32 as the encoder takes them, cut to its `max_length`."""
-        found = token_ids(self.backbone.tokenizer, list(texts))
+        found = token_ids(self.backbone.tokenizer, texts)
         if long := [place for place, row in enumerate(found) if len(row) > self._limit]:
             if not self._told_cut:
                 self._told_cut = True

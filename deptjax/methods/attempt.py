@@ -87,7 +87,7 @@ class ATTEMPT(InputMethod):
         places = self.sources if isinstance(self.sources, (list, tuple)) else [self.sources]
         for place in places:
             if not isinstance(place, (str, os.PathLike)):
-                raise UserError(f"{self.kind}: sources is {self.sources!r:.60}; name folders, a,b,c")
+                raise UserError(f"{self.kind}: sources is or holds a {type(place).__name__}; name folders, a,b,c")
         self.sources = ",".join(map(os.fspath, places))
         self.check_types()
         self.check_positive("prompt_length", "bottleneck")

@@ -206,7 +206,7 @@ class Method:
     """How many parameters it trains at its default options, in the letters of ARCHITECTURE.md and of `letters`.
 
     Ends in "for each layer", "for each attention layer" or "for each projection" (from I to O numbers) where a method
-    sits at more than one place, all of which are added up; what stands in front of ", and " is counted once."""
+    sits at more than one place, all of which are added up."""
 
     letters: ClassVar[Mapping[str, str]] = {}
     """The fields that letters of `formula` stand for."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from deptjax.errors import UserError, nearest
 from deptjax.methods import initializers
 from deptjax.methods.base import Filled, Method, Sites, StreamSite, Texts, Vocabulary, register_method
-from deptjax.methods.in_common import beside_layers, of_first_layer, with_first_layer
+from deptjax.methods.in_common import first_adds_nothing, of_first_layer, with_first_layer
 from deptjax.typing import Array, Float, Key, Tree
 
 MODES = ("add", "replace")
@@ -122,9 +122,7 @@ class DeepPromptTuning(Method):
 
     def inner(self, trainable: Tree) -> Tree:
         layers = super().inner(trainable)
-        if self.mode == "replace":
-            return layers
-        return beside_layers(layers, "prompt", lambda i: {"adds": jnp.asarray(i > 0, jnp.float32)})
+        return layers if self.mode == "replace" else first_adds_nothing(layers, "prompt")
 
     def at_input(self, trainable: Tree) -> Tree:
         return {} if self.mode == "replace" else {"prompt": of_first_layer(trainable["backbone"], "prompt")}

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import COMMON, Filled, Sites, StreamSite, Texts, Vocabulary, register_method
 from deptjax.methods.encoded import EncodedMethod
-from deptjax.methods.in_common import beside_layers, in_place_of, of_first_layer
+from deptjax.methods.in_common import first_adds_nothing, in_place_of, of_first_layer
 from deptjax.typing import Array, Bool, Float, Key, Tree
 
 GENERATORS = ("phm", "dense")
@@ -225,7 +225,7 @@ class IDPG(EncodedMethod):
         return LayerPrompts(self._generator, name=name)
 
     def inner(self, trainable: Tree) -> Tree:
-        return beside_layers(super().inner(trainable), "prompt", lambda i: {"adds": jnp.asarray(i > 0, jnp.float32)})
+        return first_adds_nothing(super().inner(trainable), "prompt")
 
     def common(self, trainable: Tree) -> Tree:
         return in_place_of(super().inner(trainable), "prompt", trainable.get("input", {}))

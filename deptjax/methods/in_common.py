@@ -40,6 +40,14 @@ def beside_layers(tree: Tree, own: str, common: Callable[[Any], Tree], layer: in
     return {name: beside_layers(node, own, common, number(name)) for name, node in tree.items()}
 
 
+def first_adds_nothing(tree: Tree, own: str) -> Tree:
+    """Returns a tree of inner sites with `adds` beside each parameter named `own`: 0 in the first layer, else 1.
+
+    For what the first layer would add to the prompt and `Method.at_input` has put in front of the text already.
+    """
+    return beside_layers(tree, own, lambda i: {"adds": jnp.asarray(i > 0, jnp.float32)})
+
+
 def in_place_of(tree: Tree, own: str, common: Tree) -> Tree:
     """Returns a tree of inner sites with `common` as the parameters of each that has one named `own`, and no others.
 

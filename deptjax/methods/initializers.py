@@ -6,6 +6,7 @@ authors of DePT start from the embeddings of a sentence, repeated and cut to the
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from flax import traverse_util
 
 from deptjax.errors import UserError, nearest
 from deptjax.methods.base import Vocabulary
+from deptjax.tokens import token_ids
 from deptjax.typing import Array, Float, Key
 
 KINDS = ("text", "vocab", "labels", "random", "normal")
@@ -98,7 +100,7 @@ def fitted_factors(target: Float[Array, "*K M N"], drawn: Float[Array, "*K R N"]
 
 
 def _ids(vocabulary: Vocabulary, texts: tuple[str, ...] | list[str]) -> np.ndarray:
-    ids = [i for text in texts for i in vocabulary.tokenizer.encode(text, add_special_tokens=False)]
+    ids = list(itertools.chain(*token_ids(vocabulary.tokenizer, texts, add_special_tokens=False)))
     if not ids:
         raise UserError("prompt_text has no tokens; give a sentence, or set prompt_init to 'vocab'")
     return np.asarray(ids)

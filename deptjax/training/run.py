@@ -61,9 +61,9 @@ class Run:
 def check_given(backbone: Backbone, method: Method) -> None:
     """Raises `UserError` for what is no loaded backbone and no method, such as their names."""
     if not isinstance(backbone, Backbone):
-        raise UserError(f"backbone is {backbone!r:.40}; load it first: load_backbone('t5-base')")
+        raise UserError(f"backbone is a {type(backbone).__name__}; load one first: load_backbone('t5-base')")
     if not isinstance(method, Method):
-        raise UserError(f"method is {method!r:.60}; give one with its sizes: DePT(prompt_length=20)")
+        raise UserError(f"method is a {type(method).__name__}; give one with its sizes: DePT(prompt_length=20)")
 
 
 @together()

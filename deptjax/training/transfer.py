@@ -8,6 +8,7 @@ with the soft prompt and both low-rank factors.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from deptjax.errors import UserError, nearest
-from deptjax.methods.base import ENCODER, FIXED, Method
+from deptjax.methods.base import ENCODER, FIXED, Method, method_fields
 from deptjax.prompt import Prompt
 from deptjax.typing import Tree
 
@@ -63,10 +64,13 @@ def started_from(
             continue  # the source's encoder was frozen: this run's starts where that one stood
         if path not in given:
             there = ", ".join(dict.fromkeys(path[-1] for path in given))
+            lacks = f"{where} is a prompt of '{source.method.kind}' ({there}), of which '{method.kind}' has nothing"
+            if not own.keys() & given.keys() and _takes_soft_prompt(method, source):
+                raise UserError(f"{lacks}; its soft prompt alone is taken by prompt_init (--prompt-init FOLDER)")
             if not set(names) & {path[-1] for path in given}:
                 raise UserError(
-                    f"{where} is a prompt of '{source.method.kind}' ({there}), of which '{method.kind}' has nothing; "
-                    f"{_remedy(source, own)}"
+                    f"{lacks}; a run saves its prompt without the network that made it, so start a run of that method"
+                    " from it"
                 )
             raise UserError(
                 f"{where} (method '{source.method.kind}') has no {'/'.join(path)}; it has {there}: name in start_parts "
@@ -82,12 +86,12 @@ def started_from(
     return traverse_util.unflatten_dict(started)
 
 
-def _remedy(source: Prompt, own: Tree) -> str:
-    """Returns what to do with a prompt none of whose parameters a run has; `own` are the run's, by path."""
-    width = int(source.fingerprint["width"])
-    if ("input", "prompt") in own and source.method.soft_prompt(source.trainable, width) is not None:
-        return "its soft prompt alone is taken by prompt_init (--prompt-init FOLDER)"
-    return "a run saves its prompt without the network that made it, so start a run of that method from it"
+def _takes_soft_prompt(method: Method, source: Prompt) -> bool:
+    """Returns whether `prompt_init` of a method can name the prompt."""
+    if "prompt_init" in method_fields(type(method)):
+        with contextlib.suppress(UserError):  # of a prompt that holds none
+            return bool(source.soft_prompt().size)
+    return False
 
 
 def similar_prompts(prompts: Mapping[str, PromptOrFolder], target: PromptOrFolder) -> list[tuple[str, float]]:

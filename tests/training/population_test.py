@@ -236,7 +236,7 @@ def optimizer_of_a() -> Any:
 
 
 def test_a_method_is_given_and_not_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="method is 'dept'; give one with its sizes"):
+    with pytest.raises(UserError, match="method is a str; give one with its sizes"):
         train_population(backbone_of("llama"), "dept", review_task(), tmp_path, [{"seed": 0}])  # type: ignore[arg-type]
 
 

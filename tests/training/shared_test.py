@@ -171,7 +171,7 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
     assert "distill is 'x'; it must be 0 or more" in told(distill="x")
     assert "method is PromptTuning; train_shared tunes an MPT" in told(method=PromptTuning(5))
     assert "method is LoRA; train_shared tunes an MPT" in told(method=LoRA())
-    assert "method is 'mpt'; give one with its sizes" in told(method="mpt")
+    assert "method is a str; give one with its sizes" in told(method="mpt")
     assert "loss is 'labels'; what teachers say is of the whole vocabulary" in told(loss="labels")
     names = {"films": teacher(), "../books": teacher()}
     books = dataclasses.replace(TASKS[1], name="../books")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deptjax.errors import UserError
-from deptjax.methods import DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from deptjax.methods import DeepPromptTuning, DePT, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
 from deptjax.methods.base import Texts, method_to_config
 from deptjax.prompt import Prompt
 from deptjax.testing import tiny_llama
@@ -129,6 +129,19 @@ def test_a_prompt_in_parts_is_taken_as_a_soft_prompt(tmp_path: pathlib.Path) -> 
     with pytest.raises(UserError, match=told):
         first_parameters(PromptTuning(5), start_from=str(tmp_path / "dpt"))
     first_parameters(PromptTuning(5, prompt_init=str(tmp_path / "dpt")))
+
+
+def test_a_soft_prompt_and_one_at_every_layer_begin_with_each_other(tmp_path: pathlib.Path) -> None:
+    """The first layer's is the soft prompt, and lies elsewhere: `prompt_init` takes it, and `start_from` says so."""
+    deep, plain = DeepPromptTuning(6), METHODS["prompt_tuning"]
+    for method, other in ((deep, plain), (plain, deep)):
+        source, place = tuned_prompt(method), tmp_path / method.kind
+        source.save(place)
+        with pytest.raises(UserError, match="its soft prompt alone is taken by prompt_init"):
+            first_parameters(other, start_from=str(place))
+        started = first_parameters(type(other)(6, prompt_init=str(place)))
+        found = other.soft_prompt(started, 24)
+        np.testing.assert_array_equal(found, source.soft_prompt())
 
 
 def test_a_run_belongs_to_the_prompt_it_started_from(tmp_path: pathlib.Path) -> None:
