@@ -90,7 +90,8 @@ def _takes_soft_prompt(method: Method, source: Prompt) -> bool:
     """Returns whether `prompt_init` of a method can name the prompt."""
     if "prompt_init" in method_fields(type(method)):
         with contextlib.suppress(UserError):  # of a prompt that holds none
-            return bool(source.soft_prompt().size)
+            source.soft_prompt()
+            return True
     return False
 
 
